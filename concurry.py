@@ -1,0 +1,5133 @@
+"""Run the same few lines on threads, processes or an event loop.
+
+    handle.method(*args)                            worker: thread, process, loop
+    ---------------------------------------         --------------------------------
+    futures among the arguments: wait, then         Runner: the user's object; calls
+    Pool: a place in the queue, a worker                    the method, drives a
+    Backend.submit(call)  ------- call ----------->         coroutine to its end
+                                                               |
+    settle(future)  <------------ outcome ---------------------+
+      the place in the queue is free again, then
+      waiters wake, then done-callbacks run
+
+A class whose instances live in workers:
+
+    >>> class Counter(Worker):
+    ...     def __init__(self, start):
+    ...         self.count = start
+    ...     def add(self, n):
+    ...         self.count += n
+    ...         return self.count
+    >>> with Counter.options(mode="thread").init(10) as counter:
+    ...     counter.add(5).result()
+    15
+
+Functions, on a pool of workers:
+
+    >>> with Executor("thread", max_workers=4) as pool:
+    ...     list(pool.map(lambda x: x * x, range(5)))
+    [0, 1, 4, 9, 16]
+
+Change "thread" to "process", "asyncio" or "sync" and nothing else. The file needs nothing but
+Python (3.9 or newer) and may be copied into a project, under any name.
+"""
+
+__all__ = [
+    "ALL_COMPLETED", "BaseFuture", "ExecutionMode", "Executor", "FIRST_COMPLETED", "FIRST_EXCEPTION",
+    "LoadBalancingAlgorithm", "RemoteError", "ReturnWhen", "TaskWorker", "Worker", "WorkerDiedError",
+    "__version__", "as_completed", "async_gather", "async_wait", "gather", "global_config", "task",
+    "wait", "worker", "wrap_future",
+]
+__version__ = "0.1.0"
+
+import atexit
+import builtins
+import collections.abc
+import concurrent.futures
+import contextvars
+import enum
+import functools
+import itertools
+import logging
+import os
+import queue
+import random
+import struct
+import sys
+import threading
+import time
+import types
+import weakref
+
+# What only some users need (asyncio, pickle, socket, inspect, ...) is imported where it is used:
+# `import concurry` has to be cheap.
+
+logger = logging.getLogger("concurry")
+
+
+# === Choices ===
+
+def _squeeze(name):
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+class _Choice(str, enum.Enum):
+    """A string from a fixed set, found by its value, its name or an alias, however it is spelt."""
+
+    def __new__(cls, value, *aliases):
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member._aliases = aliases
+        return member
+
+    __str__ = str.__str__
+
+    @classmethod
+    def _missing_(cls, value):
+        for member in cls:
+            if _squeeze(str(value)) in map(_squeeze, (member.value, member.name, *member._aliases)):
+                return member
+        raise ValueError(f"unknown {cls.__name__} {value!r}: {cls._choices()}")
+
+    @classmethod
+    def _choices(cls):
+        return "choose one of " + ", ".join(repr(member.value) for member in cls)
+
+
+class ExecutionMode(_Choice):
+    """Where a worker lives."""
+
+    Sync = "sync", "synchronous"
+    Threads = "thread", "threads", "threading"
+    Processes = "process", "processes", "proc", "procs"
+    Asyncio = "asyncio", "async", "asynchronous"
+
+
+class LoadBalancingAlgorithm(_Choice):
+    """How a pool picks the worker for a call."""
+
+    RoundRobin = "round_robin", "rr"
+    LeastActiveLoad = "least_active", "active", "least_active_load"
+    LeastTotalLoad = "least_total", "total", "least_total_load"
+    Random = "random", "rand"
+
+
+class ReturnWhen(_Choice):
+    """When `wait` returns: the constants of concurrent.futures, and equal to them."""
+
+    ALL_COMPLETED = "ALL_COMPLETED"
+    FIRST_COMPLETED = "FIRST_COMPLETED"
+    FIRST_EXCEPTION = "FIRST_EXCEPTION"
+
+
+ALL_COMPLETED = ReturnWhen.ALL_COMPLETED
+FIRST_COMPLETED = ReturnWhen.FIRST_COMPLETED
+FIRST_EXCEPTION = ReturnWhen.FIRST_EXCEPTION
+
+
+class _StartMethod(_Choice):
+    Forkserver = ("forkserver",)
+    Spawn = ("spawn",)
+    Fork = ("fork",)
+
+
+# === Exceptions ===
+
+class WorkerDiedError(RuntimeError):
+    """The worker ended while it carried out the call, or was given up before it could.
+
+    `worker` names the worker, `method` the method that ran (None: none did), `pid` its process and
+    `exitcode` what the process returned, or minus the number of the signal that killed it; each is
+    None where it is not known.
+    """
+
+    def __init__(self, message, worker=None, method=None, pid=None, exitcode=None):
+        super().__init__(message)
+        self.worker, self.method, self.pid, self.exitcode = worker, method, pid, exitcode
+
+
+def _make_timeout_error():
+    """Make the class of our TimeoutErrors: before 3.11 three unrelated classes had that name."""
+    import asyncio
+    bases = dict.fromkeys([concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError])
+    return TimeoutError if len(bases) == 1 else type("TimeoutError", tuple(bases), {})
+
+
+_TimeoutError = TimeoutError if concurrent.futures.TimeoutError is TimeoutError else None
+
+
+def _timeout(message):
+    """Return the exception for a span that is over: caught under every name a TimeoutError has."""
+    global _TimeoutError
+    if _TimeoutError is None:
+        _TimeoutError = _make_timeout_error()
+    return _TimeoutError(message)
+
+
+def _nearest(name, names):
+    """Return ", did you mean 'x'?" where a known name is near, else nothing."""
+    import difflib
+    near = difflib.get_close_matches(str(name), [str(known) for known in names], 1, 0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+# === Options and their defaults ===
+
+def _flag(value):
+    if isinstance(value, str):
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.strip().lower()]
+    if value in (True, False):
+        return bool(value)
+    raise ValueError
+
+
+def _whole(least, none=True):
+    def parse(value):
+        if value is None and none:
+            return None
+        number = int(value)
+        if isinstance(value, bool) or number < least or (not isinstance(value, str) and number != value):
+            raise ValueError
+        return number
+    return parse, f"a whole number from {least}" + (", or None" if none else "")
+
+
+def _seconds(value):
+    number = float(value)
+    if isinstance(value, bool) or not 0 <= number < float("inf"):
+        raise ValueError
+    return number
+
+
+def _choice(kind):
+    return (lambda value: value if isinstance(value, kind) else kind(value)), kind._choices()
+
+
+# Every option: how its value is read, and what is expected in words.
+_OPTIONS = {
+    "mode": _choice(ExecutionMode),
+    "blocking": (_flag, "true or false"),
+    "max_workers": _whole(0),
+    "load_balancing": _choice(LoadBalancingAlgorithm),
+    "on_demand": (_flag, "true or false"),
+    "max_queued_tasks": _whole(1),
+    "unwrap_futures": (_flag, "true or false"),
+    "mp_context": _choice(_StartMethod),
+    "on_demand_linger": (_seconds, "a number of seconds from 0"),
+}
+# Settings that only the configuration has.
+_SETTINGS = {
+    **_OPTIONS,
+    "load_balancing_on_demand": _choice(LoadBalancingAlgorithm),
+    "task_decorator_on_demand": (_flag, "true or false"),
+    "stop_timeout": (_seconds, "a number of seconds from 0"),
+}
+
+
+def _parse(name, value, known=_OPTIONS):
+    """Return the option's value in its own type, or raise a TypeError or ValueError that helps."""
+    if name not in known:
+        raise TypeError(f"unknown option {name!r}{_nearest(name, known)}")
+    read, expected = known[name]
+    try:
+        return read(value)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise ValueError(f"{name}={value!r} is not possible: {expected}") from None
+
+
+class _Settings:
+    """A table of settings: assigned as attributes, validated at once."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        self.__dict__[name] = _parse(name, value, _SETTINGS)
+
+    def __getattr__(self, name):
+        raise AttributeError(f"{name!r} is not set here" if name in _SETTINGS
+                             else f"unknown setting {name!r}{_nearest(name, _SETTINGS)}")
+
+
+class _Config:
+    """The defaults of every option: `defaults` for all modes, `thread`, `process`, ... for one.
+
+    `global_config.defaults.blocking = True` and `global_config.thread.max_workers = 50` assign; what
+    a mode sets wins over `defaults`, an argument wins over both. It is read when a worker is made.
+    An impossible value raises ValueError, an unknown setting TypeError, at the assignment.
+    """
+
+    def __init__(self):
+        self.reset_to_defaults()
+
+    def reset_to_defaults(self):
+        """Set everything to what concurry comes with."""
+        self.defaults = _Settings(
+            mode=None, blocking=False, max_workers=1, load_balancing=LoadBalancingAlgorithm.RoundRobin,
+            load_balancing_on_demand=LoadBalancingAlgorithm.Random, on_demand=False,
+            task_decorator_on_demand=True, on_demand_linger=1.0, max_queued_tasks=None,
+            unwrap_futures=True, stop_timeout=30.0,
+            mp_context=_StartMethod.Forkserver if hasattr(os, "fork") else _StartMethod.Spawn)
+        self.sync = _Settings()
+        self.asyncio = _Settings()
+        self.thread = _Settings(max_workers=24, max_queued_tasks=100)
+        self.process = _Settings(max_workers=4, max_queued_tasks=5)
+
+    def get_defaults(self, mode):
+        """Return the settings that hold for a mode, as a dict."""
+        return {**self.defaults.__dict__, **getattr(self, ExecutionMode(mode).value).__dict__}
+
+
+global_config = _Config()
+
+_ONE_WORKER = (ExecutionMode.Sync, ExecutionMode.Asyncio)
+
+
+class _Options(types.SimpleNamespace):
+    """The options of one handle, complete."""
+
+    def __init__(self, given, sized=False):
+        """Fill up what was given. With `sized` a pool is meant even where no size is given."""
+        mode = given.get("mode") or global_config.defaults.mode
+        if mode is None:
+            raise ValueError(f"mode is required: {ExecutionMode._choices()}")
+        defaults = global_config.get_defaults(mode)
+        on_demand = given.get("on_demand", defaults["on_demand"])
+        size = given.get("max_workers")
+        if mode in _ONE_WORKER:
+            if on_demand or size not in (None, 1):
+                wanted = "on_demand=True" if on_demand else f"max_workers={size}"
+                raise ValueError(f"{wanted} is not possible: mode {mode.value!r} has exactly one worker")
+            size = 1
+        elif size is None:
+            size = defaults["max_workers"] if sized or on_demand else 1
+        if size == 0:
+            if not on_demand:
+                raise ValueError("max_workers=0 is not possible: a whole number from 1 (0 is for on_demand=True)")
+            size = max(1, (os.cpu_count() or 2) - 1)
+        if on_demand:
+            defaults["load_balancing"] = defaults["load_balancing_on_demand"]
+        super().__init__(**{**defaults, **given, "mode": mode, "max_workers": size, "on_demand": on_demand})
+
+    @property
+    def room(self):
+        """How many unsettled calls a worker may have: infinity where nothing bounds it."""
+        if self.on_demand:
+            return 1
+        if self.blocking or self.mode in _ONE_WORKER or self.max_queued_tasks is None:
+            return float("inf")
+        return self.max_queued_tasks
+
+
+# === Futures ===
+
+# What a call came to: (kind, value). A tuple made for the occasion, so that `is` tells whose it is.
+_RESULT, _ERROR, _CANCELLED = "result", "error", "cancelled"
+_RUNNING = "running"
+
+
+class _Here(threading.local):
+    """What this thread is, and what it is doing."""
+
+    is_ours = False             # a worker's thread, an event loop's, the reader
+    callbacks = 0               # done-callbacks being run, one inside the other
+    sync_calls = ()             # calls that this thread carries out because it made them
+    building = None             # the class whose constructor the next `__new__` belongs to
+    recipe = None               # in the fork method: how a worker finds what its parent had in hand
+    is_loading = False          # a worker process loads what its parent sent
+    turn = None                 # how the reader thread waits (it must not just sleep)
+
+
+_here = _Here()
+_calling = contextvars.ContextVar("concurry_calling", default=None)     # the call this code is part of
+
+
+def _sleep_on(lock, timeout):
+    """Wait until a held lock is released, at most `timeout` seconds (None: for ever); tell whether it was.
+
+    The one place where a thread waits for a worker. The thread that brings the processes' answers
+    goes on bringing them while it waits: what it waits for may be among them.
+    """
+    if _here.turn is not None:
+        return _here.turn(lock, timeout)
+    if timeout is None:
+        return lock.acquire()
+    return lock.acquire(True, min(max(timeout, 0), threading.TIMEOUT_MAX))
+
+
+def _run_callback(callback, future):
+    """Run the user's callback; whatever it raises is logged and goes no further."""
+    _here.callbacks += 1
+    try:
+        callback(future)
+    except BaseException:
+        logger.exception("exception calling callback for %r", future)
+    finally:
+        _here.callbacks -= 1
+
+
+class _Gate(threading.Condition):
+    """The condition the standard library's `wait` locks a future with, made when it first asks.
+
+    From then on the outcome is set under it: `wait` counts the done futures first and installs its
+    waiters afterwards, and would wait for ever for one that was settled in between.
+    """
+
+    def __init__(self):
+        super().__init__(threading.RLock())
+        self.outcome = None
+        self.waiters = []
+
+
+class BaseFuture(concurrent.futures.Future):
+    """The outcome of a call, in every mode: a concurrent.futures.Future that can also be awaited.
+
+    It is settled once, by whoever's `dict.setdefault` of its outcome comes first, and needs neither
+    lock nor condition until somebody waits: most futures are done by then.
+    """
+
+    # Entries of __dict__: "_gate" the outcome, or a _Gate that holds it; "_claim" who was first,
+    # the worker that begins the call or cancel(); "_call"; "_wakers" and "_callbacks", lists.
+    __init__ = object.__init__
+
+    @property
+    def _outcome(self):
+        gate = self.__dict__.get("_gate")
+        return gate.outcome if type(gate) is _Gate else gate
+
+    # What the standard library's wait() and as_completed() look at.
+
+    @property
+    def _condition(self):
+        gate = self.__dict__.setdefault("_gate", _Gate())
+        return gate if type(gate) is _Gate else self.__dict__.setdefault("_late_gate", _Gate())
+
+    @property
+    def _waiters(self):
+        return self._condition.waiters
+
+    @property
+    def _state(self):
+        outcome = self._outcome
+        if outcome is None:
+            return "RUNNING" if self.__dict__.get("_claim") is _RUNNING else "PENDING"
+        return "CANCELLED_AND_NOTIFIED" if outcome[0] is _CANCELLED else "FINISHED"
+
+    # What everybody calls.
+
+    def done(self):
+        """Tell whether the call has ended, in whatever way."""
+        return self._outcome is not None
+
+    def cancelled(self):
+        """Tell whether the call was cancelled."""
+        outcome = self._outcome
+        return outcome is not None and outcome[0] is _CANCELLED
+
+    def running(self):
+        """Tell whether the call has begun and not ended."""
+        return self._state == "RUNNING"
+
+    def cancel(self):
+        """Cancel the call if it has not begun, or is a coroutine on an event loop; tell whether it is.
+
+        A cancelled call that had not begun never runs, and its place in the queue is free at once.
+        """
+        claim = self.__dict__.setdefault("_claim", _CANCELLED)
+        if claim is _RUNNING and not self.done():
+            call = self.__dict__.get("_call")
+            if call is None or not call.interrupt():
+                return False
+        if not self.done():
+            _settle(self, _CANCELLED, None)
+        return self.cancelled()
+
+    def result(self, timeout=None):
+        """Return the call's result, waiting at most `timeout` seconds for it (None: for ever).
+
+        Raises what the call raised; TimeoutError when the time is over; CancelledError.
+        """
+        kind, value = self._outcome or self._wait(timeout)
+        if kind is _RESULT:
+            return value
+        try:
+            raise concurrent.futures.CancelledError() if kind is _CANCELLED else value
+        finally:
+            self = value = None     # the traceback would keep the future alive, and the future it
+
+    def exception(self, timeout=None):
+        """Return what the call raised, or None; wait, time out and be cancelled as `result` does."""
+        kind, value = self._outcome or self._wait(timeout)
+        if kind is _CANCELLED:
+            raise concurrent.futures.CancelledError()
+        return value if kind is _ERROR else None
+
+    def add_done_callback(self, fn):
+        """Call `fn(future)` when the call has ended, in the thread that ends it, or now if it has.
+
+        What it raises is logged, and ignored.
+        """
+        _attend(self, "_callbacks", fn)
+
+    def __await__(self):
+        if not self.done():
+            import asyncio
+            return (yield from asyncio.wrap_future(self))
+        if self.cancelled():
+            import asyncio
+            raise asyncio.CancelledError()
+        return self.result()
+
+    def _wait(self, timeout):
+        """Sleep until the outcome is there, and return it."""
+        if timeout is None or timeout > 0:
+            lock = threading.Lock()
+            lock.acquire()
+            waker = functools.partial(_release, lock)
+            _attend(self, "_wakers", waker)
+            try:
+                _sleep_on(lock, timeout)
+            finally:
+                if not self.done():
+                    _leave(self, waker)
+        outcome = self._outcome
+        if outcome is None:
+            raise _timeout(f"the call has not ended within {timeout} seconds")
+        return outcome
+
+    # What an executor calls, and a test that plays one.
+
+    def set_running_or_notify_cancel(self):
+        """Mark the call as begun; return False if it was cancelled."""
+        return self._begin()
+
+    def set_result(self, result):
+        """Settle the future with a result; InvalidStateError if it has an outcome."""
+        self._set(_RESULT, result)
+
+    def set_exception(self, exception):
+        """Settle the future with an exception; InvalidStateError if it has an outcome."""
+        self._set(_ERROR, exception)
+
+    def _set(self, kind, value):
+        if not _settle(self, kind, value):
+            raise concurrent.futures.InvalidStateError(f"{self!r} is settled")
+
+    def _begin(self):
+        return self.__dict__.setdefault("_claim", _RUNNING) is _RUNNING
+
+    def __repr__(self):
+        outcome = self._outcome
+        if outcome is None:
+            state = self._state.lower()
+        else:
+            kind, value = outcome
+            state = "cancelled" if kind is _CANCELLED else \
+                f"{'returned' if kind is _RESULT else 'raised'} {type(value).__name__}"
+        call = self.__dict__.get("_call")
+        return f"<{type(self).__name__} at {id(self):#x} {state}{f' {call}' if call else ''}>"
+
+    def __reduce__(self):
+        import pickle
+        raise pickle.PicklingError("a future cannot travel to another process: pass it as an argument "
+                                   "with unwrap_futures, or its result")
+
+
+def _release(lock, _):
+    lock.release()
+
+
+def _settle(future, kind, value):
+    """Give a future its outcome, unless it has one; return whether this call did."""
+    state = future.__dict__
+    # Places and counters first: a waiter that submits at once must not find the queue still full.
+    call = state.pop("_call", None)
+    if call is not None:
+        call.end()
+    outcome = (kind, value)
+    gate = state.setdefault("_gate", outcome)
+    if gate is not outcome and not (type(gate) is _Gate and _settle_under(gate, future, outcome)):
+        return False
+    if "_wakers" in state:
+        _notify(future, "_wakers")
+    if "_callbacks" in state:
+        _notify(future, "_callbacks")
+    return True
+
+
+def _withdraw(future):
+    """Cancel a call that has not begun; tell whether this did."""
+    return future.__dict__.setdefault("_claim", _CANCELLED) is _CANCELLED and _settle(future, _CANCELLED, None)
+
+
+def _settle_unbegun(future, kind, value):
+    """Settle a call that will never begin."""
+    future.__dict__.setdefault("_claim", kind)
+    _settle(future, kind, value)
+
+
+def _settle_under(gate, future, outcome):
+    with gate:
+        if gate.outcome is not None:
+            return False
+        gate.outcome = outcome
+        tell = {_RESULT: "add_result", _ERROR: "add_exception", _CANCELLED: "add_cancelled"}[outcome[0]]
+        for waiter in gate.waiters:
+            getattr(waiter, tell)(future)
+        gate.notify_all()
+    return True
+
+
+def _attend(future, where, fn):
+    """Have `fn(future)` called when the future is done: among the wakers, or after them."""
+    future.__dict__.setdefault(where, []).append(fn)
+    if future.done():
+        _notify(future, where)
+
+
+def _leave(future, waker):
+    try:
+        future.__dict__["_wakers"].remove(waker)
+    except (KeyError, ValueError):
+        pass
+
+
+def _notify(future, where):
+    """Call everything in the list, each once, though the settler and a late comer may both be here."""
+    waiting = future.__dict__[where]
+    while waiting:
+        try:
+            fn = waiting.pop(0)
+        except IndexError:
+            break
+        if where == "_wakers":
+            fn(future)
+        else:
+            _run_callback(fn, future)
+
+
+def _is_foreign_future(x):
+    """Tell an asyncio future, without importing asyncio for it."""
+    return getattr(type(x), "_asyncio_future_blocking", None) is not None
+
+
+def _is_future(x):
+    return isinstance(x, concurrent.futures.Future) or _is_foreign_future(x)
+
+
+def _in_own_loop(future):
+    import asyncio
+    return asyncio._get_running_loop() is future.get_loop()
+
+
+def _when_done(future, fn):
+    """Call `fn(future)` once a future of any kind is done; from any thread."""
+    if isinstance(future, BaseFuture):
+        _attend(future, "_wakers", fn)
+    elif isinstance(future, concurrent.futures.Future) or _in_own_loop(future):
+        future.add_done_callback(fn)
+    else:
+        future.get_loop().call_soon_threadsafe(future.add_done_callback, fn)
+
+
+def _outcome_of(future):
+    """Return the (kind, value) of a done future of any kind."""
+    if isinstance(future, BaseFuture):
+        return future._outcome
+    if future.cancelled():
+        return _CANCELLED, None
+    error = future.exception()
+    return (_RESULT, future.result()) if error is None else (_ERROR, error)
+
+
+def wrap_future(future):
+    """Return a BaseFuture that ends as the given concurrent or asyncio future does.
+
+    Cancelling it cancels the original. A BaseFuture is returned as it is; TypeError for anything else.
+    """
+    if isinstance(future, BaseFuture):
+        return future
+    if not _is_future(future):
+        raise TypeError(f"a future is needed, not {type(future).__name__}")
+    ours = BaseFuture()
+
+    def cancel_theirs(ours):
+        if ours.cancelled() and not future.done():
+            if _is_foreign_future(future):
+                future.get_loop().call_soon_threadsafe(future.cancel)
+            else:
+                future.cancel()
+
+    _attend(ours, "_wakers", cancel_theirs)
+    _when_done(future, lambda theirs: _settle(ours, *_outcome_of(theirs)))
+    return ours
+
+
+# === Waiting ===
+
+def _deadline(timeout):
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline):
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _failed(future):
+    return _outcome_of(future)[0] is _ERROR
+
+
+def _has_no_result(future):
+    return _outcome_of(future)[0] is not _RESULT
+
+
+class _Watch:
+    """Wait for some of many futures.
+
+    Each tells the watch once when it is done; nothing is looked at again and again, so n futures
+    cost O(n). `finished` has them in the order in which they ended.
+    """
+
+    def __init__(self, futures, enough=1, until=None, then=None):
+        self.finished = collections.deque()
+        self.until = until                  # a predicate: one such future is enough
+        self.missing = itertools.count(enough - 1, -1)
+        self.lock = threading.Lock()        # held while there is nothing to wake for
+        self.lock.acquire()
+        self.wake_loop = None
+        self.then = then                    # called once, by the future that is enough
+        self.futures = futures
+        for future in futures:
+            _when_done(future, self.tell)
+
+    def tell(self, future):
+        self.finished.append(future)
+        # Counted and compared in one step: two threads may be here at once.
+        if next(self.missing) <= 0 or (self.until is not None and self.until(future)):
+            self.wake()
+
+    def wake(self):
+        try:
+            self.lock.release()
+        except RuntimeError:                # it is awake
+            return
+        if self.then is not None:
+            self.then()
+        if self.wake_loop is not None:
+            self.wake_loop()
+
+    def sleep(self, timeout):
+        """Wait until woken, at most `timeout` seconds."""
+        _sleep_on(self.lock, timeout)
+
+    async def sleep_async(self, timeout):
+        """Wait until woken without blocking the running loop."""
+        import asyncio
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        self.wake_loop = lambda: loop.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
+        if not self.lock.acquire(False):
+            await asyncio.wait([woken], timeout=timeout)
+            self.lock.acquire(False)
+        self.wake_loop = None
+
+    def leave(self):
+        """Be forgotten by the futures that are not done."""
+        for future in self.futures:
+            if isinstance(future, BaseFuture) and not future.done():
+                _leave(future, self.tell)
+
+
+# What is to be done while waiting is written once, as generators that yield a _Watch to sleep on;
+# one driver blocks, the other awaits.
+
+def _run(steps, timeout):
+    deadline = _deadline(timeout)
+    try:
+        while True:
+            next(steps).sleep(_left(deadline))
+    except StopIteration as end:
+        return end.value
+    finally:
+        steps.close()
+
+
+async def _run_async(steps, timeout):
+    deadline = _deadline(timeout)
+    try:
+        while True:
+            await next(steps).sleep_async(_left(deadline))
+    except StopIteration as end:
+        return end.value
+    finally:
+        steps.close()
+
+
+def _check_waitable(future):
+    if not _is_future(future):
+        raise TypeError(f"a future is needed, not {type(future).__name__}")
+    if _is_foreign_future(future) and not future.done() and _in_own_loop(future):
+        raise RuntimeError("waiting here would stall the event loop that this future needs: "
+                           "await it, or use async_wait or async_gather")
+
+
+def _settled_of(futures, return_when):
+    """Wait for enough of the futures; return (done, not done)."""
+    done = {future for future in futures if future.done()}
+    first, until = return_when == FIRST_COMPLETED, _failed if return_when == FIRST_EXCEPTION else None
+    if len(done) < len(futures) and not (done and (first or until is not None and any(map(until, done)))):
+        pending = futures - done
+        watch = _Watch(pending, 1 if first else len(pending), until)
+        try:
+            yield watch
+        finally:
+            watch.leave()
+        done = {future for future in futures if future.done()}
+    return concurrent.futures._base.DoneAndNotDoneFutures(done, futures - done)
+
+
+def wait(fs, timeout=None, return_when=ALL_COMPLETED):
+    """Wait until the futures are done, or the first of them, or the first that raised.
+
+    `fs` holds futures of any kind; `timeout` is in seconds, None: for ever. Returns the named tuple
+    (done, not_done) of sets, as concurrent.futures.wait does; a timeout is not an error. RuntimeError
+    for an asyncio future of the loop that runs in this thread.
+    """
+    fs = set(fs)
+    for future in fs:
+        _check_waitable(future)
+    return _run(_settled_of(fs, ReturnWhen(return_when)), timeout)
+
+
+async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED):
+    """Do what `wait` does without blocking the event loop; `fs` may hold coroutines too.
+
+    A coroutine is run as a task, and the task is in the sets.
+    """
+    fs = set(map(_as_future, fs))
+    for future in fs:
+        if not _is_future(future):
+            raise TypeError(f"a future or coroutine is needed, not {type(future).__name__}")
+    return await _run_async(_settled_of(fs, ReturnWhen(return_when)), timeout)
+
+
+def _as_future(x):
+    """Make a task of a coroutine; return anything else as it is."""
+    if isinstance(x, collections.abc.Coroutine):
+        import asyncio
+        return asyncio.ensure_future(x)
+    return x
+
+
+def _as_they_finish(futures):
+    """Yield the futures as they finish, and a _Watch whenever there is none to yield."""
+    pending = []
+    for future in futures:
+        if future.done():
+            yield future
+        else:
+            pending.append(future)
+    watch = _Watch(pending)
+    try:
+        for _ in pending:
+            while not watch.finished:
+                yield watch
+            yield watch.finished.popleft()
+    finally:
+        watch.leave()
+
+
+def _finished(steps, timeout):
+    deadline = _deadline(timeout)
+    for step in steps:
+        if not isinstance(step, _Watch):
+            yield step
+        elif deadline is not None and _left(deadline) == 0:
+            raise _timeout(f"not everything has ended within {timeout} seconds")
+        else:
+            step.sleep(_left(deadline))
+
+
+async def _finished_async(steps, timeout):
+    deadline = _deadline(timeout)
+    for step in steps:
+        if not isinstance(step, _Watch):
+            yield step
+        elif deadline is not None and _left(deadline) == 0:
+            raise _timeout(f"not everything has ended within {timeout} seconds")
+        else:
+            await step.sleep_async(_left(deadline))
+
+
+def as_completed(fs, timeout=None):
+    """Yield the futures as they finish, each once, done ones first.
+
+    TimeoutError when something is still missing `timeout` seconds after the call (None: never).
+    """
+    fs = dict.fromkeys(fs)
+    for future in fs:
+        _check_waitable(future)
+    return _finished(_as_they_finish(fs), timeout)
+
+
+class _Gathering:
+    """What was given to `gather`: a dict, a collection or several arguments, with futures in it."""
+
+    def __init__(self, given, return_exceptions, recurse):
+        if len(given) == 1 and _is_collection(given[0]):
+            given = given[0]
+        self.keys = list(given) if isinstance(given, dict) else None
+        self.values = list(given.values() if isinstance(given, dict) else given)
+        self.return_exceptions = return_exceptions
+        self.recurse = recurse
+
+    def find(self):
+        """Find the futures; to be called when coroutines have become tasks."""
+        self.nested = _Nested(self.values) if self.recurse else None
+        self.futures = self.nested.futures if self.recurse else list(dict.fromkeys(filter(_is_future, self.values)))
+        return self
+
+    def value_of(self, future):
+        """Return the future's result, or raise (or return) what it ended with."""
+        kind, value = _outcome_of(future)
+        if kind is _RESULT:
+            return value
+        error = concurrent.futures.CancelledError() if kind is _CANCELLED else value
+        if self.return_exceptions:
+            return error
+        try:
+            raise error
+        finally:
+            del error, value, future        # no cycle through the traceback
+
+    def collect(self, timeout):
+        """Wait for everything, or the first failure; return the results in the shape that was given."""
+        pending = [future for future in self.futures if not future.done()]
+        if pending:
+            if not self.return_exceptions:
+                self.raise_first(future for future in self.futures if future.done())
+            watch = _Watch(pending, len(pending), None if self.return_exceptions else _has_no_result)
+            try:
+                yield watch
+            finally:
+                watch.leave()
+            if not self.return_exceptions:
+                self.raise_first(list(watch.finished))
+            missing = sum(not future.done() for future in pending)
+            if missing:
+                raise _timeout(f"{missing} of {len(self.futures)} calls have not ended within {timeout} seconds")
+        if self.recurse:
+            values = self.nested.rebuilt(self.value_of)
+        else:
+            values = [self.value_of(x) if _is_future(x) else x for x in self.values]
+        return values if self.keys is None else dict(zip(self.keys, values))
+
+    def raise_first(self, done):
+        for future in done:
+            if _has_no_result(future):
+                self.value_of(future)
+
+    def pairs(self):
+        """Yield (index or key, value) as the futures finish, plain values first, and what to wait for."""
+        places = {}
+        for key, x in zip(itertools.count() if self.keys is None else self.keys, self.values):
+            if _is_future(x):
+                places.setdefault(x, []).append(key)
+            else:
+                yield key, x
+        for step in _as_they_finish(list(places)):
+            if isinstance(step, _Watch):
+                yield step
+            else:
+                value = self.value_of(step)
+                yield from ((key, value) for key in places.pop(step))
+
+
+def _is_collection(x):
+    return (isinstance(x, (list, tuple, set, frozenset, dict)) or
+            (isinstance(x, collections.abc.Iterable) and not isinstance(x, (str, bytes, bytearray)) and not _is_future(x)))
+
+
+def gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False):
+    """Wait for the results: of several futures, or of one collection, dict or generator of them.
+
+    Returns a list in the order given, for a dict a dict; what is no future is its own result. With
+    `recurse` futures inside nested lists, tuples, sets and dicts count too, and the shape is kept. The
+    first failure is raised as soon as it happens, unless `return_exceptions` puts exceptions in the
+    results' places. `iter=True` returns an iterator of (index or key, result) in the order in which
+    they finish, which raises at the item that failed. TimeoutError `timeout` seconds after the call
+    (None: never); RuntimeError for an asyncio future of the loop that runs in this thread.
+    """
+    gathering = _Gathering(fs, return_exceptions, recurse).find()
+    for future in gathering.futures:
+        _check_waitable(future)
+    if iter:
+        return _finished(gathering.pairs(), timeout)
+    return _run(gathering.collect(timeout), timeout)
+
+
+def async_gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False):
+    """Do what `gather` does without blocking the event loop: to be awaited, or with `iter` for `async for`.
+
+    Takes coroutines too, and runs them as tasks.
+    """
+    gathering = _Gathering(fs, return_exceptions, recurse)
+    gathering.values = list(map(_as_future, gathering.values))
+    gathering.find()
+    if iter:
+        return _finished_async(gathering.pairs(), timeout)
+    return _run_async(gathering.collect(timeout), timeout)
+
+
+# === Futures inside containers ===
+
+_PLAIN = frozenset([int, float, complex, bool, str, bytes, bytearray, type(None), type,
+                    types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial])
+_CONTAINERS = frozenset([list, tuple, set, frozenset, dict])
+
+
+def _is_container_type(kind):
+    return kind in _CONTAINERS or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+
+
+def _is_future_type(kind):
+    return issubclass(kind, concurrent.futures.Future) or getattr(kind, "_asyncio_future_blocking", None) is not None
+
+
+def _elements(container):
+    return container.values() if type(container) is dict else container
+
+
+def _may_hold_futures(args, kwargs):
+    """Tell quickly that there is nothing to look into."""
+    kinds = {*map(type, args), *map(type, kwargs.values())} - _PLAIN
+    return bool(kinds) and any(_is_container_type(kind) or _is_future_type(kind) for kind in kinds)
+
+
+class _Nested:
+    """The futures in a container and the containers in it, to any depth, each looked at once.
+
+    Exact lists, tuples, sets, frozensets, dicts (their values) and named tuples are looked into. Of
+    what holds no future nothing is kept and nothing is copied.
+    """
+
+    def __init__(self, root):
+        self.root = root
+        self.futures = []
+        self._holders = {}                  # id of what holds a future somewhere -> itself
+        homes = {}                          # id of a future or container -> the containers it stands in
+        seen, todo = {id(root)}, [root]
+        while todo:
+            container = todo.pop()
+            elements = _elements(container)
+            kinds = {kind: _is_future_type(kind) for kind in set(map(type, elements)) - _PLAIN
+                     if _is_container_type(kind) or _is_future_type(kind)}
+            for x in elements if kinds else ():
+                if type(x) in kinds:
+                    homes.setdefault(id(x), []).append(container)
+                    if id(x) not in seen:
+                        seen.add(id(x))
+                        (self.futures if kinds[type(x)] else todo).append(x)
+        todo = list(self.futures)
+        while todo:
+            for home in homes.get(id(todo.pop()), ()):
+                if id(home) not in self._holders:
+                    self._holders[id(home)] = home
+                    todo.append(home)
+
+    def rebuilt(self, value_of):
+        """Return the root with `value_of(future)` in each future's place; shared parts stay shared."""
+        new = {id(future): value_of(future) for future in self.futures}
+        growing = [x for x in self._holders.values() if type(x) in (list, dict)]
+        for container in growing:           # empty first: a cycle always leads through one of these
+            new[id(container)] = type(container)()
+        todo = list(self._holders.values())
+        while todo:
+            container = todo[-1]
+            missing = () if id(container) in new else \
+                [x for x in container if id(x) in self._holders and id(x) not in new]
+            if missing:
+                todo.extend(missing)
+                continue
+            todo.pop()
+            if id(container) not in new:
+                make = getattr(type(container), "_make", type(container))
+                new[id(container)] = make(new.get(id(x), x) for x in container)
+        for container in growing:
+            if type(container) is dict:
+                new[id(container)].update((key, new.get(id(x), x)) for key, x in container.items())
+            else:
+                new[id(container)].extend(new.get(id(x), x) for x in container)
+        return new.get(id(self.root), self.root)
+
+
+# === Limits ===
+
+class _Unlimited:
+    """What `self.limits` is for a worker without limits: everything is granted at once."""
+
+    config = types.MappingProxyType({})
+    successful = True
+
+    def acquire(self, requested=None, timeout=None):
+        return self
+
+    try_acquire = async_acquire = acquire
+
+    def update(self, usage=None):
+        pass
+
+    def release(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        return None
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exc_info):
+        return None
+
+    def __await__(self):
+        return self
+        yield
+
+    def __repr__(self):
+        return "<no limits>"
+
+    def __reduce__(self):
+        return _unlimited, ()
+
+
+_UNLIMITED = _Unlimited()
+
+
+def _unlimited():
+    return _UNLIMITED
+
+
+# By id: a worker's object may be frozen, have slots, or replace its __dict__ in its constructor.
+_limits_of = {}
+
+
+# === Balancing ===
+
+class _RoundRobin:
+    """0, 1, 2, 0, ...: the next one that has room."""
+
+    algorithm = "RoundRobin"
+
+    def __init__(self):
+        self.turn = 0
+
+    def choose(self, backends, room):
+        for _ in backends:
+            backend = backends[self.turn % len(backends)]
+            self.turn = (self.turn + 1) % len(backends)
+            if len(backend.calls) < room:
+                return backend
+        return None
+
+    def stats(self, backends):
+        return {}
+
+
+class _LeastActive:
+    """The one with the fewest calls in flight."""
+
+    algorithm = "LeastActiveLoad"
+
+    def choose(self, backends, room):
+        backend = min(backends, key=lambda backend: len(backend.calls))
+        return backend if len(backend.calls) < room else None
+
+    def stats(self, backends):
+        active = {backend.index: len(backend.calls) for backend in backends}
+        return {"active_calls": active, "total_active": sum(active.values())}
+
+
+class _LeastTotal:
+    """The one with the fewest calls over its life."""
+
+    algorithm = "LeastTotalLoad"
+
+    def choose(self, backends, room):
+        free = [backend for backend in backends if len(backend.calls) < room]
+        return min(free, key=lambda backend: backend.total, default=None)
+
+    def stats(self, backends):
+        return {"total_calls": {backend.index: backend.total for backend in backends}}
+
+
+class _Random:
+    """Any that has room."""
+
+    algorithm = "Random"
+
+    def choose(self, backends, room):
+        free = [backend for backend in backends if len(backend.calls) < room]
+        return random.choice(free) if free else None
+
+    def stats(self, backends):
+        return {}
+
+
+_BALANCERS = {
+    LoadBalancingAlgorithm.RoundRobin: _RoundRobin,
+    LoadBalancingAlgorithm.LeastActiveLoad: _LeastActive,
+    LoadBalancingAlgorithm.LeastTotalLoad: _LeastTotal,
+    LoadBalancingAlgorithm.Random: _Random,
+}
+
+
+# === Calls and runners ===
+
+class _Call:
+    """A method and its arguments on the way to a worker, and the future of what comes of it."""
+
+    __slots__ = ("pool", "future", "method", "args", "kwargs", "context", "backend", "gate", "message",
+                 "shared", "task", "watch", "is_late")
+
+    def __init__(self, pool, future, method, args, kwargs):
+        self.pool = pool
+        self.future = future
+        self.method = method
+        self.args = args
+        self.kwargs = kwargs
+        self.context = contextvars.copy_context()
+        self.backend = None         # where it was placed
+        self.gate = None            # a lock that the thread which submits it sleeps on
+        self.message = None         # where it goes to a process: the parts of its message ...
+        self.shared = None          # ... and the function that has to be there first
+        self.task = None            # the asyncio task that carries it out
+        self.watch = None           # while it waits for futures among its arguments
+        self.is_late = False        # it had to wait for them
+
+    def end(self):
+        """Give back the place in the queue: the call is settled, or about to be."""
+        self.args = self.kwargs = self.message = None
+        self.pool.leave(self)
+
+    def interrupt(self):
+        """Stop the call though it runs, where that is possible; tell whether it is."""
+        return self.backend is not None and self.backend.interrupt(self)
+
+    def open_gate(self):
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            try:
+                gate.release()
+            except RuntimeError:        # the other one who found it was quicker
+                pass
+
+    def __str__(self):
+        return f"of {self.pool.name}.{self.method}"
+
+
+def _is_async(fn):
+    """Tell whether calling `fn` gives a coroutine, without importing inspect."""
+    while isinstance(fn, (functools.partial, types.MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    code = getattr(fn, "__code__", None) or getattr(getattr(type(fn), "__call__", None), "__code__", None)
+    return code is not None and bool(code.co_flags & 0x180)     # CO_COROUTINE, CO_ITERABLE_COROUTINE
+
+
+def _definitions(cls):
+    """Yield (name, value) of what the user's class and its bases define."""
+    for base in cls.__mro__:
+        if base not in (object, Worker, TaskWorker):
+            yield from vars(base).items()
+
+
+def _without_our_frame(error):
+    """Take our own frame off the traceback: it says nothing, and makes a cycle with the call."""
+    return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+
+
+def _attempt(fn, args, kwargs):
+    """Call; return (kind, value)."""
+    try:
+        return _RESULT, fn(*args, **kwargs)
+    except BaseException as error:
+        return _ERROR, _without_our_frame(error)
+
+
+class _Recipe:
+    """How to build the user's object, again if need be."""
+
+    def __init__(self, cls, args, kwargs, bound=None):
+        self.cls, self.args, self.kwargs = cls, args, kwargs
+        self.bound = bound          # the function that a TaskWorker always calls
+
+    def build(self):
+        _here.building = self.cls
+        try:
+            return self.cls(*self.args, **self.kwargs)
+        finally:
+            _here.building = None
+
+
+class _Runner:
+    """The far side of a worker: holds the user's object and carries out calls on it.
+
+    Made, used and closed in the worker's own thread, and so is the object.
+    """
+
+    def __init__(self, recipe, loop=None):
+        self._loop, self._owns_loop = loop, loop is None
+        self._async_names = {name for name, value in _definitions(recipe.cls)
+                             if _is_async(getattr(value, "__func__", value))}
+        if self._owns_loop and self._async_names:
+            self._own_loop()
+        self.target = recipe.build()
+        _limits_of[id(self.target)] = _UNLIMITED
+
+    def attempt(self, method, args, kwargs):
+        """Call the method; return (kind, value), where the value may be a coroutine still to be run."""
+        return _attempt(getattr(self.target, method), args, kwargs)
+
+    def outcome(self, method, args, kwargs):
+        """Carry out a call in this thread, a coroutine to its end; return (kind, value)."""
+        outcome = self.attempt(method, args, kwargs)
+        return self._complete(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
+
+    async def outcome_async(self, method, args, kwargs):
+        """Do the same on the running loop, without blocking it."""
+        outcome = self.attempt(method, args, kwargs)
+        return await _captured(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
+
+    def is_async(self, call):
+        """Tell whether the call belongs on the event loop."""
+        return call.method in self._async_names or (
+            isinstance(self.target, TaskWorker) and self.target._is_async(call))
+
+    def close(self):
+        """Drop the object, here, and end its loop."""
+        _limits_of.pop(id(self.target), None)
+        try:
+            self.target = None      # its __del__ runs now, if nobody else holds it
+            if self._owns_loop and self._loop is not None:
+                _close_loop(self._loop)
+        except BaseException:
+            logger.exception("exception while a worker was closed")
+
+    def _own_loop(self):
+        if self._loop is None:
+            import asyncio
+            self._loop = asyncio.new_event_loop()
+            if _here.is_ours:       # in sync mode the thread is the caller's, and so is its loop
+                asyncio.set_event_loop(self._loop)
+        return self._loop
+
+    def _complete(self, coroutine):
+        """Run a coroutine to its end on this worker's loop, though another may run in this thread."""
+        import asyncio
+        loop = self._own_loop()
+        if loop.is_running():       # sync mode: by another thread, or by a call around this one
+            loop = asyncio.new_event_loop()
+        outer = asyncio._get_running_loop()
+        task = outer and asyncio.current_task(outer)
+        if task:
+            asyncio.tasks._leave_task(outer, task)
+        asyncio._set_running_loop(None)
+        try:
+            return loop.run_until_complete(_captured(coroutine))
+        finally:
+            asyncio._set_running_loop(outer)
+            if task:
+                asyncio.tasks._enter_task(outer, task)
+            if loop is not self._loop:
+                _close_loop(loop)
+
+
+async def _captured(coroutine):
+    """Await and return (kind, value): SystemExit and its like would end the loop."""
+    try:
+        return _RESULT, await coroutine
+    except BaseException as error:
+        return _ERROR, _without_our_frame(error)
+
+
+def _close_loop(loop):
+    """Cancel what is left on an event loop that no longer runs, and close it."""
+    import asyncio
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+def _carry_out(runner, call):
+    """Run the call in this thread and settle its future, unless it was cancelled."""
+    if call.future._begin():
+        _settle(call.future, *call.context.run(_outcome_inside, runner, call))
+
+
+def _outcome_inside(runner, call):
+    _calling.set(call)
+    return runner.outcome(call.method, call.args, call.kwargs)
+
+
+# === Backends: sync, thread, asyncio ===
+
+class _Backend:
+    """Where one worker lives. The pool says start, submit, finish and, if it must, kill.
+
+    None of them blocks, whoever calls. `started` is settled when the constructor has returned, with
+    what it raised if it did; `ended` when nothing is left of the worker.
+    """
+
+    runs_inline = False             # `submit` runs the call: not to be called while placing
+    prepares = False                # calls are pickled when they are submitted
+    can_be_killed = True
+
+    @staticmethod
+    def set_up(recipe, options):
+        """Return what each worker needs to be built, once for all."""
+
+    @staticmethod
+    def shared(fn):
+        """Return what stands for a function in many calls."""
+        return fn
+
+    def __init__(self, pool, index):
+        self.pool = pool
+        self.index = index
+        self.name = f"{pool.name}-{index}"
+        self.calls = {}                 # placed here and not settled, in order
+        self.total = 0                  # ever placed here
+        self.runner = None
+        self.started = BaseFuture()
+        self.ended = BaseFuture()
+
+    def start(self):
+        """Begin to build the user's object."""
+
+    def submit(self, call):
+        """Take a call."""
+
+    def interrupt(self, call):
+        """Stop a running call alone, if that is possible here; tell whether it is."""
+        return False
+
+    def finish(self):
+        """End the worker once what was submitted is done."""
+
+    def kill(self, error):
+        """Fail what runs with this error, and end the worker as soon as that can be done."""
+        for call in list(self.calls):
+            _settle(call.future, _ERROR, error)
+        self.finish()
+
+    def rest(self):
+        """Be told that an on-demand worker has nothing to do."""
+
+    def is_here(self):
+        """Tell whether this thread is the worker's, so that waiting for its end would be for ever."""
+        return False
+
+    def stalls_here(self):
+        """Tell whether waiting in this thread would stall the calls that run."""
+        return False
+
+    def _build(self, *args):
+        """Make the runner and settle `started`; tell whether the constructor returned."""
+        try:
+            self.runner = _Runner(self.pool.recipe, *args)
+        except BaseException as error:
+            _settle(self.started, _ERROR, _start_error(_without_our_frame(error), self))
+            return False
+        _settle(self.started, _RESULT, None)
+        return True
+
+
+def _start_error(error, backend):
+    """Return what `init` raises when a constructor raised this: a SystemExit must not end the caller."""
+    if isinstance(error, SystemExit) and backend.pool.options.mode is not ExecutionMode.Sync:
+        died = WorkerDiedError(f"the constructor of {backend.name} raised SystemExit({error.code!r})", backend.name)
+        died.__cause__ = error
+        return died
+    return error
+
+
+class _SyncBackend(_Backend):
+    """Run each call at once, in the thread that makes it.
+
+    A call that had to wait for a dependency runs on a thread of its own when that is done: the
+    thread that settles the dependency has other things to do.
+    """
+
+    runs_inline = True
+
+    def start(self):
+        self._build()
+
+    def submit(self, call):
+        if call.is_late:
+            threading.Thread(target=self._run, args=(call,), name=self.name, daemon=True).start()
+            return
+        self._run(call)
+        kind, value = call.future._outcome
+        if kind is _ERROR and isinstance(value, (KeyboardInterrupt, SystemExit)):
+            raise value
+
+    def _run(self, call):
+        _here.sync_calls += (call,)
+        try:
+            _carry_out(self.runner, call)
+        finally:
+            _here.sync_calls = _here.sync_calls[:-1]
+
+    def finish(self):
+        if self.runner is not None:
+            self.runner.close()
+        _settle(self.ended, _RESULT, None)
+
+    def is_here(self):
+        return any(call.backend is self for call in _here.sync_calls)
+
+
+class _ThreadBackend(_Backend):
+    """One thread that takes calls from a queue.
+
+    It is a daemon, or a call that never returns would hang the exit of the interpreter; what was
+    submitted is finished by a hook that runs before daemons freeze.
+    """
+
+    can_be_killed = False
+
+    def start(self):
+        self.inbox = queue.SimpleQueue()
+        self.submit = self.inbox.put
+        self.thread = threading.Thread(target=self._main, name=self.name, daemon=True)
+        self.thread.start()
+
+    def finish(self):
+        self.inbox.put(None)
+
+    def is_here(self):
+        return self.thread is threading.current_thread()
+
+    def _main(self):
+        _here.is_ours = True
+        if self._build():
+            self._work()
+            self.runner.close()
+        _settle(self.ended, _RESULT, None)
+
+    def _work(self):
+        while True:
+            call = self.inbox.get()
+            if call is None:
+                return
+            _carry_out(self.runner, call)
+            call = None         # an idle worker must not keep the last call's arguments and result
+
+
+class _OnDemandThreadBackend(_ThreadBackend):
+    """A thread that lives while there are calls; the object lives for one call.
+
+    A TaskWorker has no state of the user's: it serves on, and the thread lingers for a moment.
+    """
+
+    def _main(self):
+        _here.is_ours = True
+        _settle(self.started, _RESULT, None)
+        keeps = self.pool.recipe.cls is TaskWorker
+        linger = self.pool.options.on_demand_linger if keeps else 0
+        runner = None
+        while True:
+            try:
+                call = self.inbox.get(timeout=linger)
+            except queue.Empty:
+                if self.pool.dismiss(self):
+                    break
+                continue
+            if call is None:
+                break
+            runner = self._serve(call, runner, keeps)
+            call = None
+        if runner is not None:
+            runner.close()
+        _settle(self.ended, _RESULT, None)
+
+    def _serve(self, call, runner, keeps):
+        """Carry out a call, with the object made for it; return the runner if it may serve the next."""
+        if not call.future._begin():
+            return runner
+        try:
+            runner = runner or _Runner(self.pool.recipe)
+        except BaseException as error:
+            outcome = _ERROR, _start_error(_without_our_frame(error), self)
+        else:
+            outcome = call.context.run(_outcome_inside, runner, call)
+            if not keeps:
+                runner.close()
+                runner = None
+        _settle(call.future, *outcome)
+        return runner
+
+
+class _AsyncioBackend(_Backend):
+    """One event loop on one thread; plain methods run one at a time on a second thread beside it."""
+
+    def start(self):
+        self.inbox = collections.deque()        # for the loop
+        self.is_woken = False                   # the loop knows that there is something in it
+        self.plain = queue.SimpleQueue()        # for the companion
+        self.thread = threading.Thread(target=self._main, name=self.name, daemon=True)
+        self.companion = threading.Thread(target=self._main_beside, name=self.name + "-plain", daemon=True)
+        self.thread.start()
+        self.companion.start()                  # now: at exit no thread can be started any more
+
+    def submit(self, call):
+        if self.runner.is_async(call):
+            self._to_loop(call)
+        else:
+            self.plain.put(call)
+
+    def finish(self):
+        self.plain.put(None)
+
+    def kill(self, error):
+        for call in list(self.calls):
+            call.future.cancel()
+        self._stop_loop()
+        super().kill(error)
+
+    def interrupt(self, call):
+        task = call.task
+        if task is None:
+            return False
+        self.loop.call_soon_threadsafe(task.cancel)
+        return True
+
+    def is_here(self):
+        return threading.current_thread() in (self.thread, self.companion)
+
+    def stalls_here(self):
+        return threading.current_thread() is self.thread
+
+    def _to_loop(self, call):
+        self.inbox.append(call)
+        if not self.is_woken:
+            self.is_woken = True
+            self.loop.call_soon_threadsafe(self._begin_calls)
+
+    def _begin_calls(self):
+        self.is_woken = False           # first: who comes now wakes us again
+        while self.inbox:
+            call = self.inbox.popleft()
+            if call is None:
+                self.loop.stop()
+            elif call.future._begin():
+                self._start(call, self.runner.outcome_async(call.method, call.args, call.kwargs))
+
+    def _start(self, call, coroutine):
+        # In the context of the submitter; the task copies it.
+        call.task = call.context.run(self.loop.create_task, self._drive(call, coroutine))
+
+    async def _drive(self, call, coroutine):
+        _calling.set(call)
+        outcome = await coroutine
+        call.task = None
+        _settle(call.future, *outcome)
+
+    def _main(self):
+        import asyncio
+        _here.is_ours = True
+        self.loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        if self.loop.run_until_complete(self._build_on_loop()):
+            while not self._has_run():
+                pass
+            self.runner.close()
+        _close_loop(self.loop)
+        _settle(self.ended, _RESULT, None)
+
+    async def _build_on_loop(self):
+        return self._build(self.loop)
+
+    def _has_run(self):
+        """Run the loop; tell whether it was stopped, and not broken by a SystemExit in a user's task."""
+        try:
+            self.loop.run_forever()
+            return True
+        except BaseException:
+            logger.exception("exception on the event loop of %s; the loop goes on", self.name)
+            return False
+
+    def _main_beside(self):
+        _here.is_ours = True
+        if self.started.exception() is None:
+            while True:
+                call = self.plain.get()
+                if call is None:
+                    break
+                self._serve(call)
+                call = None
+            self._stop_loop()
+
+    def _stop_loop(self):
+        try:
+            self._to_loop(None)
+        except RuntimeError:        # it is closed
+            pass
+
+    def _serve(self, call):
+        """Carry out a plain method; a coroutine that it returns goes on on the loop."""
+        if call.future._begin():
+            kind, value = call.context.run(self._attempt, call)
+            if isinstance(value, types.CoroutineType):
+                self.loop.call_soon_threadsafe(self._start, call, _captured(value))
+            else:
+                _settle(call.future, kind, value)
+
+    def _attempt(self, call):
+        _calling.set(call)
+        return self.runner.attempt(call.method, call.args, call.kwargs)
+# === What travels ===
+#
+# Pickle, protocol 5, and three things more. What the other side cannot import (defined in
+# __main__, in a function, in a module made by hand, or hidden by a decorator) goes by value.
+# Large buffers stay out of the stream. And an object that cannot travel is named by its path.
+#
+# By value, every object is first made empty and then filled, so that whatever it leads back to
+# finds it already there: a function its own name, a method its class, a class its subclass.
+#
+# Globals: the functions of one module in one message share one new dict. A message thus brings
+# the values of its submission and disturbs no other message's functions, which may be running;
+# what was sent once (a worker class, a bound function) keeps its dict, and so its `global`
+# state, for life. Functions of a module that can be imported get that module's own dict.
+#
+# Classes: a token names a class on both sides, so that it comes home as the original and is one
+# class in its receiver. When it comes again its members are set anew, with the functions of the
+# new message: attributes changed meanwhile are seen, methods and functions of a message share
+# their globals. That is not for originals, nor for classes that were pinned, nor for what a
+# process sends to itself; the members of an enum are never made twice.
+
+_BUFFER_SIZE = 64 * 1024         # the size from which pickle writes bytes apart, uncopied
+_TRIES = 10_000                  # members looked at, at most, to find the one that fails
+
+_classes = weakref.WeakValueDictionary()    # token: class; type variables have tokens, too
+_tokens = weakref.WeakKeyDictionary()
+_received = weakref.WeakSet()               # classes which a further message may refresh
+_naming = threading.RLock()                 # a finalizer may load something while it is held
+_process = os.urandom(12)
+_picklers = []                              # idle ones: making one costs twice a small call
+
+
+class RemoteError(RuntimeError):
+    """Stand for an exception that did not survive its trip.
+
+    `type_name` is the qualified name of its class, `traceback` the text of its traceback.
+    """
+    def __init__(self, type_name, text, traceback=""):
+        super().__init__(f"{type_name}: {text}" if text else type_name)
+        self.type_name, self.text, self.traceback = type_name, text, traceback
+
+    def __reduce__(self):
+        return type(self), (self.type_name, self.text, self.traceback)
+
+
+class _RemoteTraceback(Exception):
+    """Show, as the cause of an exception, the traceback that stayed on the other side."""
+    def __str__(self):
+        return f'\n"""\n{self.args[0]}"""'
+
+
+def _dumps(obj, roots=None):
+    """Return obj as (bytes, buffers): read-only or writable memoryviews of at least BUFFER_SIZE.
+
+    Raises PicklingError that names the member which cannot travel. `roots` is called only then
+    and returns the arguments of `explain`. It may be called from any thread, and from a
+    `__reduce__` within itself.
+    """
+    try:
+        pickler = _picklers.pop()
+    except IndexError:
+        pickler = _pickler_class()()
+    try:
+        pickler.dump(obj)
+    except Exception as error:
+        raise _explain(error, *(roots() if roots else ({"object": obj},))) from error
+    parts = pickler.parts
+    if len(parts) == 1:
+        data, buffers = parts.pop(), []
+    else:
+        data, buffers = _sorted_out(parts)
+        parts.clear()
+    # A large message has grown the memo, which is cleared at its full size each time.
+    if len(data) < _BUFFER_SIZE:
+        pickler.reset()
+        _picklers.append(pickler)
+    return data, buffers
+
+
+def _loads(data, buffers=()):
+    """Return the object; buffers are `bytes` where the sender's were read-only, else bytearrays.
+
+    Bytes and bytearrays of the sender become these very objects.
+    """
+    return _pickle().loads(data, buffers=buffers)
+
+
+def _pin(cls):
+    """Leave a class that was sent once, and its bases, as they are when they come again."""
+    for each in cls.__mro__:
+        _received.discard(each)
+
+
+def _forget_origin():
+    """Be a process of its own: a forked worker calls this before it loads anything.
+
+    It would otherwise take the inherited classes for originals and never see them change.
+    """
+    global _process, _naming
+    _process, _naming = os.urandom(12), threading.RLock()
+    for table in (_classes, _tokens, _received, _picklers):
+        table.clear()
+
+
+@functools.lru_cache(None)
+def _pickle():
+    import pickle
+    return pickle
+
+
+@functools.lru_cache(None)
+def _pickler_class():
+    class Pickler(_pickle().Pickler):
+        """Write to a list, apart from what is large; ask the reducers about what is special."""
+        def __init__(self):
+            self.parts = []
+            self.scopes = {}            # id of a globals dict: its _Scope
+            self.bare = set()           # ids of what comes empty, for another fills it
+            file = types.SimpleNamespace(write=self.parts.append)
+            super().__init__(file, 5, buffer_callback=self.keep_apart)
+
+        def reset(self):
+            self.clear_memo()
+            if self.scopes or self.bare:
+                self.scopes, self.bare = {}, set()
+
+        def keep_apart(self, buffer):
+            try:
+                raw = buffer.raw()
+            except BufferError:         # not contiguous: pickle says so itself
+                return True
+            return raw.nbytes < _BUFFER_SIZE or self.parts.append(raw)
+
+        def reducer_override(self, obj):
+            kind = type(obj)
+            reduce = _reducers.get(kind) or _reducers.get((kind.__module__, kind.__name__))
+            if reduce is not None:
+                return reduce(self, obj)
+            if isinstance(obj, _families):
+                return _reduce_relative(self, obj)
+            return NotImplemented
+
+    return Pickler
+
+
+# --- Buffers
+
+def _sorted_out(parts):
+    # The C pickler writes bytes and bytearrays from 64 KiB apart and uncopied, after a part that
+    # ends in their opcode and size. Putting "next buffer" in place of these takes them out of
+    # the stream: anywhere in the object, each once, in the order of the other buffers. Were they
+    # written otherwise some day, they would simply stay in the stream.
+    stream, buffers = [], []
+    for part in parts:
+        if type(part) is memoryview:
+            buffers.append(part)
+            continue
+        head = _without_header(stream[-1], part) if stream else None
+        if head is None:
+            stream.append(part)
+        else:
+            stream[-1] = head
+            buffers.append(memoryview(part))
+    return b"".join(stream), buffers
+
+
+def _without_header(head, part):
+    size = len(part)
+    if type(part) is bytearray:
+        header, instead = b"\x96" + size.to_bytes(8, "little"), b"\x97"
+    elif size >= 1 << 32:
+        header, instead = b"\x8e" + size.to_bytes(8, "little"), b"\x97\x98"
+    else:
+        header, instead = b"B" + size.to_bytes(4, "little"), b"\x97\x98"
+    is_frame = part[:9] == b"\x95" + (size - 9).to_bytes(8, "little", signed=True)
+    if size >= _BUFFER_SIZE and head.endswith(header) and not is_frame:
+        return head[:-len(header)] + instead
+
+
+# --- By reference
+
+def _is_importable(name):
+    """Tell whether the other side can import the module: itself, as it is here."""
+    if name == __name__:
+        return True
+    module = sys.modules.get(name)
+    return name not in ("__main__", "__mp_main__") and getattr(module, "__spec__", None) is not None
+
+
+def _is_found(obj, qualname):
+    """Tell whether obj is what its module has under its name."""
+    name = getattr(obj, "__module__", None)
+    if not isinstance(name, str) or not _is_importable(name):
+        return False
+    found = sys.modules.get(name)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found is obj
+
+
+def _import(name):
+    __import__(name)
+    return sys.modules[name]
+
+
+def _reduce_module(pickler, module):
+    name = module.__name__
+    if sys.modules.get(name) is not module or not (name == "__main__" or _is_importable(name)):
+        raise _pickle().PicklingError(
+            f"cannot pickle module {name!r}: it cannot be imported by its name")
+    return _import, (name,)
+
+
+def _reduce_constant(pickler, obj):
+    """Send what dataclasses compares by identity, MISSING and the like, by its name."""
+    module = sys.modules[type(obj).__module__]
+    for name, value in vars(module).items():
+        if value is obj:
+            return getattr, (module, name)
+    return NotImplemented
+
+
+# --- Functions
+
+class _Scope:
+    """Stand for the globals of one module of the sender, within one message."""
+    def __init__(self, variables):
+        names = ("__name__", "__file__", "__package__", "__doc__")
+        self.variables = {name: variables[name] for name in names if name in variables}
+
+    def __reduce__(self):
+        return _make_scope, (self.variables,)
+
+
+def _make_scope(variables):
+    return {**variables, "__builtins__": builtins}
+
+
+def _scope(pickler, function):
+    """Return a module's name or, for what cannot be imported, the message's _Scope."""
+    variables = function.__globals__
+    name = variables.get("__name__")
+    if _is_importable(name) and getattr(sys.modules.get(name), "__dict__", None) is variables:
+        return name
+    # The dict is kept with it: one that is freed would lend its id to another.
+    return pickler.scopes.setdefault(id(variables), (_Scope(variables), variables))[0]
+
+
+@functools.lru_cache(1024)
+def _names(code):
+    """Return the names of globals that code uses, nested code included, and all its names."""
+    import dis
+    reads = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "DELETE_GLOBAL")
+    used = {each.argval for each in dis.get_instructions(code) if each.opname in reads}
+    names = set(code.co_names)
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            more = _names(inner)
+            used.update(more[0])
+            names.update(more[1])
+    return sorted(used - {"__builtins__"}), sorted(names)
+
+
+def _used_globals(function):
+    variables = function.__globals__
+    return {name: variables[name] for name in _names(function.__code__)[0] if name in variables}
+
+
+def _submodules(code, values):
+    """Return the names of submodules, such as `os.path`, that code reaches through modules."""
+    found = [each.__name__ for each in values if isinstance(each, types.ModuleType)]
+    for module in found:
+        inner = (f"{module}.{name}" for name in _names(code)[1])
+        found.extend(name for name in inner if name in sys.modules and name not in found)
+    return [name for name in found if "." in name]
+
+
+def _contents(function):
+    """Return what the cells hold: one-tuples, empty ones for cells not yet filled."""
+    contents = []
+    for cell in function.__closure__ or ():
+        try:
+            contents.append((cell.cell_contents,))
+        except ValueError:
+            contents.append(())
+    if function.__globals__.get("__name__") == "pydantic._internal._validate_call":
+        contents = [each and (_unvalidated(*each),) for each in contents]
+    return contents
+
+
+def _attributes(function):
+    names = ("__defaults__", "__kwdefaults__", "__annotations__", "__type_params__")
+    found = {"__doc__": function.__doc__, "__module__": function.__module__,
+             "__qualname__": function.__qualname__}
+    for name in names:
+        try:
+            value = getattr(function, name, None)
+        except NameError:               # annotations that are evaluated late, and cannot be
+            continue
+        if value:
+            found[name] = value
+    return found
+
+
+def _reduce_function(pickler, function):
+    if _is_found(function, function.__qualname__):
+        return NotImplemented
+    cells = function.__closure__
+    pickler.bare.update(map(id, cells or ()))
+    scope = _scope(pickler, function)
+    made = _make_function, (function.__code__, scope, function.__name__, cells)
+    if id(function) in pickler.bare:
+        return made
+    return made + (_function_state(function, scope), None, None, _fill_function)
+
+
+def _function_state(function, scope):
+    contents = _contents(function)
+    variables = {} if isinstance(scope, str) else _used_globals(function)
+    values = [*variables.values(), *(each[0] for each in contents if each)]
+    submodules = _submodules(function.__code__, values)
+    return variables, submodules, contents, _attributes(function), vars(function)
+
+
+def _make_function(code, scope, name, cells):
+    variables = vars(_import(scope)) if isinstance(scope, str) else scope
+    return types.FunctionType(code, variables, name, None, cells)
+
+
+def _fill_function(function, state):
+    variables, submodules, contents, attributes, members = state
+    function.__globals__.update(variables)
+    for name in submodules:
+        _import(name)
+    for cell, content in zip(function.__closure__ or (), contents):
+        if content:
+            cell.cell_contents, = content
+    for name, value in attributes.items():
+        setattr(function, name, value)
+    vars(function).update(members)
+
+
+def _reduce_code(pickler, code):
+    return _load_code, (_dump_code(code),)
+
+
+@functools.lru_cache(1024)
+def _dump_code(code):
+    import marshal
+    return marshal.dumps(code)
+
+
+# One code object for all copies: the interpreter's specialisations then outlive a message.
+@functools.lru_cache(1024)
+def _load_code(data):
+    import marshal
+    return marshal.loads(data)
+
+
+def _reduce_cell(pickler, cell):
+    if id(cell) in pickler.bare:        # its function fills it
+        return types.CellType, ()
+    try:
+        return types.CellType, (), cell.cell_contents, None, None, _fill_cell
+    except ValueError:
+        return types.CellType, ()
+
+
+def _fill_cell(cell, contents):
+    cell.cell_contents = contents
+
+
+def _reduce_method(pickler, method):
+    """Send a method by its name, as pickle does, where that is sure to find it."""
+    function, name = method.__func__, getattr(method, "__name__", "")
+    if getattr(method.__self__, name, None) != method:
+        return types.MethodType, (function, method.__self__)
+    if type(function) is not types.FunctionType or _is_found(function, function.__qualname__):
+        return NotImplemented
+    return _make_method, (method.__self__, name, function)
+
+
+def _make_method(owner, name, function):
+    """Return the owner's own method, or a copy while the owner's class is still to be filled."""
+    found = getattr(owner, name, None)
+    if getattr(found, "__qualname__", None) == function.__qualname__:
+        return found
+    return types.MethodType(function, owner)
+
+
+def _reduce_wrapper(pickler, wrapper):
+    return type(wrapper), (wrapper.__func__,)
+
+
+def _reduce_property(pickler, member):
+    return type(member), (member.fget, member.fset, member.fdel, member.__doc__)
+
+
+def _reduce_cached_property(pickler, member):       # up to 3.11 it holds a lock
+    state = {name: value for name, value in vars(member).items() if name != "lock"}
+    return type(member), (member.func,), state
+
+
+def _reduce_cache(pickler, cache):
+    if _is_found(cache, getattr(cache, "__qualname__", "")):
+        return NotImplemented
+    # The function's state comes with the cache's, for it may use the cache by its global name.
+    function = cache.__wrapped__
+    state = None
+    if type(function) is types.FunctionType and not _is_found(function, function.__qualname__):
+        pickler.bare.add(id(function))
+        state = _function_state(function, _scope(pickler, function))
+    made = _make_cache, (function, cache.cache_parameters())
+    return made + ((function, state, vars(cache)), None, None, _fill_cache)
+
+
+def _make_cache(function, parameters):
+    return functools.lru_cache(**parameters)(function)
+
+
+def _fill_cache(cache, state):
+    function, function_state, members = state
+    if function_state is not None:
+        _fill_function(function, function_state)
+    vars(cache).update(members)
+
+
+def _reduce_proxy(pickler, proxy):
+    import gc
+    return types.MappingProxyType, (gc.get_referents(proxy)[0],)
+
+
+def _reduce_weak_dict(pickler, mapping):
+    return type(mapping), (dict(mapping),)
+
+
+class _Validated:
+    """Validate a call as pydantic's `validate_call` does, also when morphic asked for it.
+
+    The validator is built at the first call: only then is all there that annotations mention.
+    """
+    def __init__(self, function, hints, options):
+        self.function, self.hints, self.options = function, hints, options
+
+    def __call__(self, *args, **kwargs):
+        return self._validator(*args, **kwargs)
+
+    def __reduce__(self):
+        return _Validated, (self.function, self.hints, self.options)
+
+    @functools.cached_property
+    def _validator(self):
+        from pydantic import validate_call
+        if self.hints:
+            self.function.__annotations__ = self.hints
+        return validate_call(**self.options)(self.function)
+
+
+def _unvalidated(call):
+    """Return what takes the place of pydantic's wrapper, which holds code of its own."""
+    wrapper = getattr(call, "__self__", call)
+    if type(wrapper).__name__ != "ValidateCallWrapper":
+        return call
+    config = getattr(getattr(wrapper, "config_wrapper", None), "config_dict", None)
+    validate_return = getattr(wrapper, "validate_return", False)
+    options = {"config": config or None, "validate_return": validate_return}
+    return _Validated(wrapper.function, _hints(wrapper.function), options)
+
+
+def _hints(function):
+    """Evaluate annotations that are strings: their names mean something only at home."""
+    if not any(isinstance(each, str) for each in getattr(function, "__annotations__", {}).values()):
+        return None
+    from typing import get_type_hints
+    try:
+        return get_type_hints(function, include_extras=True)
+    except Exception:
+        return None
+
+
+# --- Classes
+
+def _token(thing):
+    token = _tokens.get(thing)
+    if token is None:
+        token = _tokens.setdefault(thing, os.urandom(12))
+        _classes[token] = thing
+    return token
+
+
+def _known(token, make, *args):
+    """Return what the token names here, else make it: the first to arrive keeps the name."""
+    thing = _classes.get(token)
+    if thing is not None:
+        return thing
+    made = make(*args)
+    with _naming:
+        thing = _classes.setdefault(token, made)
+        if thing is made:
+            _tokens[made] = token
+            _received.add(made)
+    return thing
+
+
+def _reduce_class(pickler, cls):
+    if _is_found(cls, cls.__qualname__):
+        return NotImplemented
+    if not cls.__flags__ & 1 << 9:      # not a heap type: made in C
+        return _reduce_builtin(cls)
+    enum = sys.modules.get("enum")
+    if enum and isinstance(cls, enum.EnumMeta):
+        make, content = _make_enum, _enum_content(cls)
+    else:
+        make, content = _make_class, vars(cls).get("__slots__")
+    args = make, type(cls), cls.__name__, cls.__bases__, cls.__module__, content
+    registered = ()
+    if isinstance(cls, _abc().ABCMeta):
+        registered = [each() for each in _abc()._get_dump(cls)[0] if each() is not None]
+    state = _process, _members(cls), registered
+    return _known, (_token(cls), *args), state, None, None, _fill_class
+
+
+def _abc():
+    import abc
+    return abc
+
+
+def _reduce_builtin(cls):
+    for name, value in vars(types).items():
+        if value is cls:
+            return getattr, (types, name)
+    return NotImplemented
+
+
+# What making the class makes, and what pydantic keeps of the frame that a class was defined in.
+_MADE = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "__pydantic_parent_namespace__",
+         "_member_names_", "_member_map_", "_value2member_map_", "_hashable_values_",
+         "_unhashable_values_", "_unhashable_values_map_"}
+
+
+def _members(cls):
+    descriptors = types.MemberDescriptorType, types.GetSetDescriptorType
+    made = _MADE.union(vars(cls).get("_member_map_", ()))
+    found = {name: value for name, value in vars(cls).items() if name not in made
+             and not (type(value) in descriptors and value.__objclass__ is cls)}
+    return {**found, "__qualname__": cls.__qualname__}
+
+
+def _make_class(meta, name, bases, module, slots):
+    namespace = {"__module__": module}
+    if slots is not None:
+        namespace["__slots__"] = slots
+    return _quiet_class(meta, name, bases, namespace)
+
+
+def _quiet_class(meta, name, bases, namespace):
+    """Make a class without running `__init_subclass__` of its bases.
+
+    It has run at home, perhaps with arguments of which nothing is left; what it did to the class
+    comes with the members. A first base of the same layout, taken away afterwards, hides it.
+    """
+    new = _abc().ABCMeta.__new__ if issubclass(meta, _abc().ABCMeta) else type.__new__
+    if all("__init_subclass__" not in vars(each)
+           for base in bases for each in base.__mro__[:-1]):
+        return new(meta, name, bases, namespace)
+    for base in bases:
+        try:
+            cls = new(meta, name, (_quiet_base(base), *bases), dict(namespace))
+            type.__setattr__(cls, "__bases__", bases)
+            return cls
+        except TypeError:               # the layout is another base's
+            continue
+    return new(meta, name, bases, namespace)
+
+
+def _quiet_base(base):
+    layout = base
+    while layout.__base__ is not None and _shape(layout) == _shape(layout.__base__):
+        layout = layout.__base__
+    slots = [slot for slot, had in zip(("__dict__", "__weakref__"), _shape(layout)[1:])
+             if had and layout.__flags__ & 1 << 9]
+    namespace = {"__slots__": slots, "__init_subclass__": classmethod(_ignore)}
+    parent = layout.__base__ if slots else object
+    return _quiet_class(type(parent), "Quiet", (parent,), namespace)
+
+
+def _shape(cls):
+    return cls.__basicsize__, cls.__dictoffset__ != 0, cls.__weakrefoffset__ != 0
+
+
+def _ignore(*args, **kwargs):
+    pass
+
+
+def _fill_class(cls, state):
+    process, members, registered = state
+    if process == _process or cls not in _received:
+        return
+    for name, value in members.items():
+        type.__setattr__(cls, name, value)
+    for each in registered:
+        _abc().ABCMeta.register(cls, each)
+
+
+def _enum_content(cls):
+    """Return the mixed-in type, the boundary, and of each member its name, plain value of that
+    type, value and attributes.
+    """
+    kinds = (int, float, str, bytes, tuple)
+    kind = next((each for each in kinds if issubclass(cls._member_type_, each)), None)
+    ours = {"_value_", "_name_", "__objclass__", "_sort_order_", "_inverted_"}
+    members = [(name, kind and _plain(kind, member), member._value_,
+                {key: value for key, value in vars(member).items() if key not in ours})
+               for name, member in cls._member_map_.items()]
+    return kind, vars(cls).get("_boundary_"), members
+
+
+def _plain(kind, member):
+    return kind.__pos__(member) if kind in (int, float) else kind.__getitem__(member, slice(None))
+
+
+def _make_enum(meta, name, bases, module, content):
+    """Let enum's own machinery make the class, with a `__new__` that knows what comes out."""
+    kind, boundary, members = content
+
+    def new(cls, made):
+        if kind is tuple:               # wrapped once more
+            made, = made
+        plain, value, attributes = made.content
+        member = kind.__new__(cls, plain) if kind else object.__new__(cls)
+        member._value_ = value
+        vars(member).update(attributes)
+        return member
+
+    namespace = meta.__prepare__(name, bases)
+    # Its own hooks, if it has any, come with the other members.
+    hooks = {"__new__": new, "__init__": _ignore, "__reduce_ex__": object.__reduce_ex__}
+    for key, value in {"__module__": module, **hooks}.items():
+        namespace[key] = value
+    for key, *content in members:
+        namespace[key] = types.SimpleNamespace(content=content)
+    options = {} if boundary is None else {"boundary": boundary}
+    cls = sys.modules["enum"].EnumMeta.__new__(meta, name, bases, namespace, **options)
+    for key in ("__init__", "__reduce_ex__", "__new_member__"):
+        if key in vars(cls):
+            type.__delattr__(cls, key)
+    return cls
+
+
+def _reduce_type_variable(pickler, variable):
+    name = variable.__name__
+    if _is_found(variable, name):
+        return NotImplemented
+    options = {key: getattr(variable, f"__{key}__", None)
+               for key in ("bound", "covariant", "contravariant")}
+    options = {key: value for key, value in options.items() if value}
+    constraints = getattr(variable, "__constraints__", ())
+    return _known, (_token(variable), _make_type_variable, type(variable), variable.__module__,
+                    (name, *constraints), options)
+
+
+def _make_type_variable(kind, module, args, options):
+    variable = kind(*args, **options)
+    variable.__module__ = module
+    return variable
+
+
+def _reduce_new_type(pickler, new_type):
+    if _is_found(new_type, new_type.__qualname__):
+        return NotImplemented
+    args = new_type.__qualname__, new_type.__supertype__
+    return _make_type_variable, (type(new_type), new_type.__module__, args, {})
+
+
+# Of these every subclass needs its reducer too.
+_families = (type, property, staticmethod, classmethod)
+
+
+def _reduce_relative(pickler, obj):
+    """Reduce a class with a metaclass, or an object of a subclass of property and its kind."""
+    if isinstance(obj, type):
+        return _reduce_class(pickler, obj)
+    family = next(each for each in _families if isinstance(obj, each))
+    return _reducers[family](pickler, obj) + (vars(obj),)
+
+
+# By type; by name what not everybody has imported.
+_reducers = {
+    type: _reduce_class,
+    types.FunctionType: _reduce_function,
+    types.CodeType: _reduce_code,
+    types.CellType: _reduce_cell,
+    types.MethodType: _reduce_method,
+    types.ModuleType: _reduce_module,
+    types.MappingProxyType: _reduce_proxy,
+    weakref.WeakKeyDictionary: _reduce_weak_dict,
+    staticmethod: _reduce_wrapper,
+    classmethod: _reduce_wrapper,
+    property: _reduce_property,
+    functools.cached_property: _reduce_cached_property,
+    type(functools.lru_cache(_ignore)): _reduce_cache,
+    ("typing", "TypeVar"): _reduce_type_variable,
+    ("typing", "ParamSpec"): _reduce_type_variable,
+    ("typing", "TypeVarTuple"): _reduce_type_variable,
+    ("typing", "NewType"): _reduce_new_type,
+    ("dataclasses", "_FIELD_BASE"): _reduce_constant,
+    ("dataclasses", "_MISSING_TYPE"): _reduce_constant,
+    ("dataclasses", "_KW_ONLY_TYPE"): _reduce_constant,
+    ("dataclasses", "_HAS_DEFAULT_FACTORY_CLASS"): _reduce_constant,
+}
+
+
+# --- What cannot travel
+
+def _explain(error, roots, of=""):
+    """Return the PicklingError that tells which member of the roots cannot travel, and why.
+
+    `roots` are objects by their label, `of` follows the label in the message. Pickling is tried
+    again, member by member, so this takes about as long as pickling for each step of the path.
+    """
+    for label, root in roots.items():
+        failure = _failure(root)
+        if failure is not None:
+            path, culprit, error = _trace(root, failure)
+            plain = next((n for n, step in enumerate(path) if step.startswith(",")), len(path))
+            where = "".join([label, *path[:plain], of, *path[plain:]])
+            return _pickle().PicklingError(f"{where}: {_reason(culprit, error)}")
+    return _pickle().PicklingError(f"{', '.join(roots)}{of}: {type(error).__name__}: {error}")
+
+
+def _reason(culprit, error):
+    text = str(error)
+    if isinstance(error, _pickle().PicklingError) or text.startswith("cannot pickle"):
+        return text
+    if isinstance(error, RecursionError):
+        text = "it is nested too deeply"
+    else:
+        text = f"{type(error).__name__}: {text}"
+    return f"cannot pickle {type(culprit).__name__!r} object: {text}"
+
+
+def _failure(obj):
+    try:
+        _pickler_class()().dump(obj)
+    except Exception as error:
+        return error
+
+
+def _trace(obj, failure):
+    """Follow the members that fail; return the path, the innermost of them, and its error."""
+    path, seen, tries = [], {id(obj)}, _TRIES
+    simple = (int, str, float, bytes, bool, type(None))
+    while len(path) < 50 and not isinstance(failure, RecursionError):
+        for label, member in _parts(obj):
+            if id(member) in seen or type(member) in simple or tries == 0:
+                continue
+            tries -= 1
+            found = _failure(member)
+            if found is not None:
+                path.append(label)
+                seen.add(id(member))
+                obj, failure = member, found
+                break
+        else:
+            break
+    return path, obj, failure
+
+
+def _parts(obj):
+    """Yield (label, member) of what pickle looks into; labels after a comma begin a new thing."""
+    if type(obj) is dict:
+        for key, value in obj.items():
+            yield f" key {key!r}", key
+            yield f"[{key!r}]", value
+    elif type(obj) in (list, tuple):
+        yield from ((f"[{n}]", member) for n, member in enumerate(obj))
+    elif type(obj) in (set, frozenset):
+        yield from ((" member", member) for member in obj)
+    elif type(obj) is types.FunctionType:
+        yield from _function_parts(obj)
+    elif isinstance(obj, type):
+        name = obj.__qualname__
+        yield from ((f", {name}.{key}", value) for key, value in _members(obj).items())
+        yield from ((f", base of {name}", base) for base in obj.__bases__)
+    else:
+        yield from _reduced_parts(obj)
+
+
+def _function_parts(function):
+    name = function.__qualname__
+    cells = zip(function.__code__.co_freevars, _contents(function))
+    for variable, content in cells:
+        yield from ((f", closure variable {variable!r} of {name}", each) for each in content)
+    for variable, value in _used_globals(function).items():
+        yield f", global {variable!r} of {name}", value
+    for attribute, value in {**_attributes(function), **vars(function)}.items():
+        yield f", {name}.{attribute}", value
+
+
+def _reduced_parts(obj):
+    try:
+        reduced = _pickler_class()().reducer_override(obj)
+        if reduced is NotImplemented:
+            reduced = obj.__reduce_ex__(5)
+    except Exception:
+        return
+    if isinstance(reduced, str):
+        return
+    _, args, state, items, pairs, *_ = (*reduced, None, None, None, None)
+    states = state if type(state) is tuple else (state,)
+    for each in states:                 # instance dict, slots
+        if type(each) is dict:
+            yield from ((f".{key}", value) for key, value in each.items())
+        else:
+            yield "", each
+    yield from ((f"[{n}]", member) for n, member in enumerate(items or ()))
+    yield from ((f"[{key!r}]", value) for key, value in pairs or ())
+    names = {id(value): f".{key}" for key, value in getattr(obj, "__dict__", {}).items()}
+    yield from ((names.get(id(member), ""), member) for member in args)
+
+
+# --- Exceptions
+
+def _dump_error(error):
+    """Return an exception as (bytes, buffers), with its traceback's text; never raises.
+
+    One that does not survive the trip, which is tried here, becomes a RemoteError at its end.
+    """
+    cls = type(error)
+    name = cls.__qualname__
+    if cls.__module__ != "builtins":
+        name = f"{cls.__module__}.{name}"
+    text, traceback = _text(error), _traceback(error)
+    data, buffers = _surviving(error)
+    return _pickle().dumps((data, name, text, traceback), 5), buffers
+
+
+def _load_error(data, buffers=()):
+    """Return the exception, with a RemoteTraceback as its cause; never raises."""
+    data, name, text, traceback = _loads(data)
+    cause = _RemoteTraceback(traceback)
+    try:
+        error = _loads(data, buffers) if data else RemoteError(name, text, traceback)
+        error.__cause__ = cause
+    except BaseException:               # loading runs code of the user's
+        error = RemoteError(name, text, traceback)
+        error.__cause__ = cause
+    return error
+
+
+def _text(error):
+    try:
+        return str.__str__(str(error))      # exactly str, whatever it returned
+    except BaseException:
+        return "<its text cannot be had>"
+
+
+def _traceback(error):
+    from traceback import format_exception
+    try:
+        return "".join(format_exception(type(error), error, error.__traceback__))
+    except BaseException:
+        return f"{type(error).__name__}: {_text(error)}\n"
+
+
+def _surviving(error):
+    """Return the pickled exception, or no data if it would not come out as it was."""
+    try:
+        data, buffers = _dumps(error)
+        plain = (str, int, float, bool, type(None))
+        if (type(error).__module__ == "builtins" and not vars(error)
+                and all(type(arg) in plain for arg in error.args)):
+            return data, buffers
+        copies = [bytes(each) if each.readonly else bytearray(each) for each in buffers]
+        if _is_same(_loads(data, copies), error, data):
+            return data, buffers
+    except BaseException:               # loading runs code of the user's
+        pass
+    return b"", []
+
+
+def _is_same(back, error, data):
+    if type(back) is not type(error):
+        return False
+    return (_text(back) == _text(error) and len(back.args) == len(error.args)
+            or _dumps(back)[0] == data)
+
+
+# === Starting processes ===
+#
+#   parent                        fork server (a bare interpreter, one per parent)
+#     launch ---- request ------->  fork ------------------> worker: main(connection)
+#        |  <--- pid -------------                             |  watcher thread
+#        |
+#        |  link: a socket pair per worker; nothing is ever written to it
+#        +-------------------------------------------------->  O_ASYNC: SIGKILL on hang-up
+#        |  the parent's pidfd
+#        +-------------------------------------------------->  watcher, and the server
+#        |  the worker's pidfd: the sentinel
+#        <---------------------------------------------------
+#
+# A process is watched by a descriptor of the process itself (pidfd), in both directions: an
+# end of file may come late or never, for a descriptor lives on in whoever inherited it.
+# spawn is the same bare interpreter without the server, fork the same worker without the
+# interpreter: the three differ in who makes the process, and in who can reap it.
+
+_FILE = os.path.abspath(globals().get("__file__", ""))   # now: the directory may change
+_START_TIMEOUT = 60.0        # seconds for an answer of the fork server, which may be swapped out
+_END_TIMEOUT = 5.0           # seconds for the fork server to go before it is killed
+
+# What workers need, imported once in the fork server: their memory is shared, and each
+# starts without it. What is missing here costs time, not correctness.
+_PRELOAD = ("collections.abc fcntl gc importlib.machinery marshal pickle select selectors signal "
+           "socket struct traceback")
+
+# A bare interpreter finds this very file: by its path, so that neither the packages around it
+# nor the user's main module run; by sys.path and name where there is no such path (in a zip).
+# -c puts the working directory in front of sys.path, where a logging.py may lie.
+_BOOT = """
+import sys
+sys.path[:] = filter(None, sys.path)
+name, where, function, *arguments = sys.argv[1:]
+"""
+_BOOT_FILE = _BOOT + """
+from importlib import util
+spec = util.spec_from_file_location(name, where)
+sys.modules[name] = module = util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module._begin_interpreter(function, arguments)
+"""
+_BOOT_NAME = _BOOT + """
+from importlib import import_module
+path, sys.path[:] = sys.path[:], where.split("\\n")
+module = import_module(name)
+sys.path[:] = path
+module._begin_interpreter(function, arguments)
+"""
+
+try:
+    os.close(os.pidfd_open(os.getpid()))
+except (AttributeError, OSError):           # no Linux, or an old kernel or a strict sandbox
+    def _own_pidfd():
+        return []
+
+    def _open_sentinel(pid, link):           # the worker holds the other end
+        return os.dup(link.fileno())
+
+    def _send_signal(process, number):
+        os.kill(process.pid, number)
+else:
+    def _own_pidfd():                        # opened by its own process: never another's
+        return [os.pidfd_open(os.getpid())]
+
+    def _open_sentinel(pid, link):
+        return os.pidfd_open(pid)
+
+    def _send_signal(process, number):
+        import signal
+        signal.pidfd_send_signal(process.sentinel, number)
+
+if sys.platform == "linux":
+    def _kill_on_hangup(descriptor):
+        """Have the kernel kill this process when the other end of a socket is closed.
+
+        The only way that works while C code holds the GIL. The setting belongs to the open
+        file, not to the descriptor: each worker needs a socket of its own.
+        """
+        import fcntl, signal
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, getattr(fcntl, "F_SETSIG", 10), signal.SIGKILL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+else:
+    def _kill_on_hangup(descriptor):
+        """Leave it to the watcher thread: no other system can send SIGKILL."""
+
+
+def _readable(*descriptors, timeout=None):
+    """Wait until some of the descriptors can be read or are hung up; return those."""
+    import select
+    poller = select.poll()
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    return {ready for ready, _ in poller.poll(timeout and timeout * 1000)}
+
+
+# --- What a forked child of the user must not keep
+
+_owned = weakref.WeakSet()
+
+
+def _own(resource):
+    """Close the resource in children that the user forks; return it.
+
+    It needs a `close()`, may be closed twice, and is not kept alive.
+    """
+    _owned.add(resource)
+    return resource
+
+
+def _socket_pair():
+    import socket
+    return tuple(map(_own, socket.socketpair()))
+
+
+def _disown_all():
+    """Forget, in a forked child, all that belongs to the parent."""
+    for resource in list(_owned):
+        resource.close()
+    _owned.clear()
+    _fork_servers.__init__()     # another thread may have held the lock
+
+
+class _Process:
+    """A worker process, or the fork server, as its parent sees it.
+
+    `sentinel` is a descriptor that becomes readable when the process is dead. `reap(pid)`
+    returns the wait status of the dead process, or raises OSError where it is unknown.
+    """
+
+    def __init__(self, pid, link, reap):
+        self.pid = pid
+        self.link = link
+        self._reap = reap
+        self._lock = threading.Lock()
+        self._exitcode = None
+        self._is_reaped = False
+        self.sentinel = _open_sentinel(pid, link)
+        _own(self)
+
+    def kill(self, number=9):
+        """Send a signal; do nothing when the death has been seen already."""
+        if not self._is_reaped and self.sentinel is not None:
+            try:
+                _send_signal(self, number)
+            except ProcessLookupError:
+                pass
+
+    def exitcode(self):
+        """Return the exit status, or minus the signal's number, or None when unknown.
+
+        To be called when the sentinel has fired: a process that still runs is killed. It is
+        reaped; unknown means that the user's own os.wait has done so, or the server is gone.
+        """
+        with self._lock:
+            if not self._is_reaped:
+                self.kill()
+                try:
+                    self._exitcode = os.waitstatus_to_exitcode(self._reap(self.pid))
+                except OSError:
+                    pass
+                self._is_reaped = True
+        return self._exitcode
+
+    def close(self):
+        """Close our descriptors. A worker that still lives is killed by that."""
+        self.link.close()
+        sentinel, self.sentinel = self.sentinel, None
+        if sentinel is not None:
+            os.close(sentinel)
+
+
+def _reap_child(pid):
+    return os.waitpid(pid, 0)[1]
+
+
+# --- Three ways to make the process
+
+def _launch(method, connection, main):
+    """Start a process that runs `main(connection)`; return a Process.
+
+    `main` is a function of this module, taken by name. The caller keeps its own copy of the
+    connection. OSError is raised, and nothing left behind, when the start fails; a process
+    that fails later is seen by its sentinel. From any thread.
+    """
+    link, far = _socket_pair()
+    copies = []
+    try:
+        # Copies, for the fork method's child closes what is owned, and from 3 on, for where
+        # the standard streams are closed a socket may have got one of their numbers.
+        copies = _own_pidfd()
+        copies[:0] = map(_copy_descriptor, (connection.fileno(), far.fileno()))
+        pid, reap = _START[method](main.__name__, *copies)
+        try:
+            return _Process(pid, link, reap)
+        except BaseException:
+            os.kill(pid, 9)     # not reaped yet, so the number is still its own
+            reap(pid)
+            raise
+    except BaseException:
+        link.close()
+        raise
+    finally:
+        far.close()
+        for descriptor in copies:
+            os.close(descriptor)
+
+
+def _copy_descriptor(descriptor):
+    import fcntl
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def _launch_by_server(main, *descriptors):
+    server = _fork_servers.get()
+    return server.ask(main, *descriptors), server.reap
+
+
+def _launch_by_spawn(main, *descriptors):
+    return _start_interpreter("_run_worker", descriptors, main), _reap_child
+
+
+def _launch_by_fork(main, *descriptors):
+    import fcntl, select, signal, socket, traceback    # the child finds import locks as they are
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()      # else the child writes it too
+        except (AttributeError, OSError, RuntimeError, ValueError):
+            pass
+    return _unsignalled(_fork_worker, _forget_parent, main, *descriptors), _reap_child
+
+
+_START = {"forkserver": _launch_by_server, "spawn": _launch_by_spawn, "fork": _launch_by_fork}
+
+
+def _unsignalled(function, *arguments):
+    """Call the function with all signals blocked.
+
+    A process that it starts begins with them blocked: a Ctrl-C before the process has its
+    handlers would print a traceback, or run the handlers of the user's program.
+    """
+    import signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        return function(*arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _start_interpreter(function, descriptors, *arguments):
+    """Execute a bare interpreter that calls a function of this module; return its pid."""
+    import subprocess
+    name = os.path.splitext(os.path.basename(_FILE))[0] if __name__ == "__main__" else __name__
+    if os.path.isfile(_FILE):
+        code, where = _BOOT_FILE, _FILE
+    else:
+        code, where = _BOOT_NAME, "\n".join(filter(None, sys.path))
+    command = [sys.executable or "", *subprocess._args_from_interpreter_flags(), "-c", code,
+               name, where, function, *arguments, *map(str, descriptors)]
+    popen = _unsignalled(functools.partial(
+        subprocess.Popen, command, stdin=subprocess.DEVNULL, pass_fds=descriptors))
+    popen.returncode = 0        # ours to reap: subprocess would warn, and wait for it too
+    return popen.pid
+
+
+def _fork_worker(prepare, main, *descriptors):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        _run_worker(main, *descriptors, prepare=prepare)
+    finally:
+        os._exit(1)             # never up the stack of the parent
+
+
+# --- The fork server
+
+class _ForkServer(_Process):
+    """The parent's end of a fork server. Its link carries the requests.
+
+    A request is a few bytes and some descriptors, the first for the answer. So there is no
+    lock to hold while an answer is awaited, and callers cannot take each other's: not those
+    in other threads, and not a `__del__` that the garbage collector runs in the middle.
+    """
+
+    def __init__(self):
+        link, far = _socket_pair()
+        link.settimeout(_START_TIMEOUT)
+        descriptors = []
+        try:
+            descriptors = _own_pidfd()
+            descriptors.insert(0, _copy_descriptor(far.fileno()))
+            super().__init__(_start_interpreter("_serve_forks", descriptors), link, _reap_child)
+        except BaseException:
+            link.close()        # a server that has started ends by this
+            raise
+        finally:
+            far.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def ask(self, request, *descriptors):
+        """Return the server's answer, a pid or a wait status; raise its OSError."""
+        import socket
+        answer, far = _socket_pair()
+        with answer, far:
+            answer.settimeout(_START_TIMEOUT)
+            socket.send_fds(self.link, [request.encode()], [far.fileno(), *descriptors])
+            far.close()
+            number = int(answer.recv(32) or -104)   # ECONNRESET
+        if number < 0:
+            raise OSError(-number, os.strerror(-number), "fork server")
+        return number
+
+    def reap(self, pid):
+        return self.ask(str(pid))
+
+    def stop(self):
+        """End the server and the workers that it has started."""
+        self.link.close()
+        _readable(self.sentinel, timeout=_END_TIMEOUT)
+        self.exitcode()
+        self.close()
+
+
+class _ForkServers:
+    """The one fork server of this process, made when needed and again when it has died."""
+
+    def __init__(self):
+        # Reentrant, for the garbage collector may run a `__del__` that launches.
+        self._lock = threading.RLock()
+        self._server = None
+
+    def get(self):
+        with self._lock:
+            if self._server and _readable(self._server.sentinel, timeout=0):
+                self.close()
+            if not self._server:
+                server = _ForkServer()
+                if self._server:
+                    server.stop()       # a `__del__` was quicker
+                else:
+                    self._server = server
+            return self._server
+
+    def close(self):
+        """End the server, if there is one, and wait for its end."""
+        server, self._server = self._server, None
+        if server:
+            server.stop()
+
+
+_fork_servers = _ForkServers()
+_close_server = _fork_servers.close
+atexit.register(_close_server)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
+
+
+def _serve_forks(control, *parent):
+    """Fork and reap workers as asked, until the parent is gone; then kill those left."""
+    import gc, socket
+    control = _own(socket.socket(fileno=control))
+    children = set()
+    gc.collect()
+    gc.freeze()                 # a collection in a worker would unshare the memory
+    try:
+        # No thread may ever run here: there would be locks that nobody lets go of.
+        while _readable(control.fileno(), *parent).isdisjoint(parent):
+            request, descriptors, flags, _ = socket.recv_fds(control, 256, 8)
+            if not request:
+                break
+            if flags & socket.MSG_CTRUNC:       # some descriptors were lost on their way
+                request = b""
+            _answer_request(request.decode(), children, descriptors)
+    finally:
+        # They see the parent's death themselves, but for one: in C code that holds the GIL
+        # while some child that the user forked keeps the link open.
+        for pid in children:
+            os.kill(pid, 9)
+        os._exit(0)
+
+
+def _answer_request(request, children, descriptors):
+    try:
+        number = _fork_or_reap(request, children, *descriptors) if request else -24     # EMFILE
+    except OSError as error:
+        number = -error.errno
+    try:
+        os.write(descriptors[0], b"%d" % number)
+    except (IndexError, OSError):
+        pass                    # no way to answer: the parent sees an end of file
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _fork_or_reap(request, children, answer, *descriptors):
+    if request.isdigit():
+        children.discard(int(request))
+        return _reap_child(int(request))
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    pid = _fork_worker(functools.partial(os.close, answer), request, *descriptors)
+    children.add(pid)
+    return pid
+
+
+# --- In the new process
+
+def _begin_interpreter(function, arguments):
+    """Begin a bare interpreter's life: the first thing that it calls in this module."""
+    for module in _PRELOAD.split():
+        __import__(module)
+    spare = 0
+    while spare < 3:            # a socket must never become the standard output of programs
+        spare = os.open(os.devnull, os.O_RDWR)
+    os.close(spare)
+    parent_name = __name__.rpartition(".")[0]
+    if parent_name and parent_name not in sys.modules:
+        sys.meta_path.insert(0, _LoadedModule(sys.modules.pop(__name__)))
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv[:] = [""]
+    _reset_signals()
+    globals()[function](*(int(word) if word.isdigit() else word for word in arguments))
+
+
+class _LoadedModule:
+    """An importer that hands out this module, loaded without the packages around it.
+
+    As a mere entry in sys.modules, `import package.module` would find it, then import the
+    package, and the package would lack its attribute.
+    """
+
+    def __init__(self, module):
+        self.module = module
+        self.spec = module.__spec__
+
+    def find_spec(self, name, path=None, target=None):
+        from importlib.machinery import ModuleSpec
+        if name == self.spec.name:
+            return ModuleSpec(name, self, origin=self.spec.origin)
+
+    def create_module(self, spec):
+        return self.module
+
+    def exec_module(self, module):
+        module.__spec__ = self.spec
+
+
+def _reset_signals():
+    """Give a process the signals of a fresh program; SIGINT is the parent's business."""
+    import signal
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGCHLD):     # the parent may have ignored them
+        signal.signal(number, signal.SIG_DFL)
+    # Not SIG_IGN: the programs that a task starts would inherit it.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _forget_parent():
+    """Drop, in a child of the fork method, what it has inherited beyond memory."""
+    atexit._clear()
+    atexit.register(_close_server)
+    _reset_signals()
+    stdin = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(stdin, 0)
+    if stdin:
+        os.close(stdin)
+    sys.stdin = open(0, closefd=False)
+    if "multiprocessing.util" in sys.modules:
+        _forget_multiprocessing(sys.modules["multiprocessing.util"])
+
+
+def _forget_multiprocessing(util):
+    """Do as multiprocessing does in a child that it forks: its queues would not work."""
+    sys.modules["multiprocessing.process"]._children.clear()
+    util._finalizer_registry.clear()
+    util._run_after_forkers()
+    atexit.register(util._exit_function)
+
+
+def _run_worker(main, connection, link, *parent, prepare=None):
+    """Run a worker's whole life in this process, and end the process."""
+    import socket, traceback
+    code = 1
+    try:
+        if prepare:
+            prepare()
+        _watch_parent(_own(socket.socket(fileno=link)),
+                     *(_own(open(pidfd, "rb", 0)) for pidfd in parent))
+        globals()[main](_own(socket.socket(fileno=connection)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _end_process(code)
+
+
+def _end_process(code):
+    """End the process: exit functions and output, but no waiting for the user's threads."""
+    for finish in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
+        try:
+            finish()
+        except BaseException:
+            pass
+    os._exit(code)
+
+
+def _watch_parent(*resources):
+    """Kill this process when the parent dies, or has died already."""
+    for resource in resources:
+        os.set_inheritable(resource.fileno(), False)
+    _kill_on_hangup(resources[0].fileno())
+    threading.Thread(target=_follow_parent, args=resources, name="parent watcher", daemon=True).start()
+
+
+def _follow_parent(*resources):
+    try:
+        _readable(*(resource.fileno() for resource in resources))
+    finally:
+        os.kill(os.getpid(), 9)
+
+
+# === The wire ===
+#
+# One socket pair per worker process. A message is a header, the sizes of its buffers, a pickle and
+# the buffers, as they lie in memory. The caller's thread sends what the socket takes and leaves the
+# rest to the reader; nobody waits. The worker takes one call at a time out of the socket, and its
+# answer leaves before it takes the next: what it had not taken when it died had not begun. The
+# parent keeps the worker's end open too, to look.
+
+def _load_wire():
+    """Import what only process mode needs."""
+    global selectors, socket
+    import selectors
+    import socket
+
+
+_HEADER = struct.Struct("<BxHIQ")       # kind, number of buffers, microseconds it took, bytes of pickle
+_SIZE = struct.Struct("<Q")             # of a buffer, times two, plus one if it is read-only
+
+# Kinds of message: to the worker ...
+_PLACE, _RECIPE, _SHARED, _FORGET, _VALUES, _CALL = range(6)
+# ... and from it.
+_BUILT, _NOT_BUILT, _RETURNED, _RAISED = range(6, 10)
+
+
+def _message(kind, portable, took=0):
+    """Return the parts of a message, to be sent one after the other."""
+    data, buffers = portable
+    head = _HEADER.pack(kind, len(buffers), min(took, 0xFFFFFFFF), len(data))
+    if buffers:
+        head += b"".join(_SIZE.pack(buffer.nbytes * 2 + buffer.readonly) for buffer in buffers)
+    return [head + data, *buffers] if len(data) < _BUFFER_SIZE else [head, data, *buffers]
+
+
+def _receive(connection):
+    """Wait for a message and return (kind, microseconds, pickle, buffers); EOFError at the end."""
+    kind, count, took, size = _HEADER.unpack(_read(connection, _HEADER.size))
+    sizes = [_SIZE.unpack(_read(connection, _SIZE.size))[0] for _ in range(count)]
+    data = _read(connection, size)
+    return kind, took, data, [_read(connection, size >> 1) if size & 1 else _read_into(connection, bytearray(size >> 1))
+                              for size in sizes]
+
+
+def _read(connection, size):
+    data = connection.recv(size, socket.MSG_WAITALL) if size else b""
+    if len(data) == size:
+        return data
+    if not data:
+        raise EOFError
+    whole = bytearray(size)             # a signal came in between
+    whole[:len(data)] = data
+    return bytes(_read_into(connection, whole, len(data)))
+
+
+def _read_into(connection, whole, filled=0):
+    view = memoryview(whole)
+    while filled < len(whole):
+        more = connection.recv_into(view[filled:], 0, socket.MSG_WAITALL)
+        if not more:
+            raise EOFError
+        filled += more
+    return whole
+
+
+def _send_all(connection, parts):
+    """Send everything, waiting as needed."""
+    for part in parts:
+        connection.sendall(part)
+
+
+class _Inbox:
+    """Put together the messages that arrive at the parent in pieces, without waiting for any.
+
+    What is large is received in place: `_parts` asks for the number of bytes it needs next.
+    """
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.is_at_end = False
+        self._messages = collections.deque()
+        self._bytes, self._filled = bytearray(), 0      # what has come of the bytes needed, and perhaps more
+        self._parts = self._take_apart()
+        self._needed = next(self._parts)
+
+    def receive(self):
+        """Take what is there; return the complete messages."""
+        while not self.is_at_end:
+            try:
+                count, wanted = self._receive_some()
+            except BlockingIOError:
+                break
+            except OSError:                 # reset by a dead worker
+                count = wanted = 0
+            self.is_at_end = not count
+            self._filled += count
+            while self._filled >= self._needed:
+                self._needed = self._parts.send(self._cut(self._needed))
+            if count < wanted:              # the socket is empty
+                break
+        messages, self._messages = self._messages, collections.deque()
+        return messages
+
+    def _receive_some(self):
+        if self._needed < _BUFFER_SIZE:
+            chunk = self.connection.recv(_BUFFER_SIZE)
+            self._bytes += chunk
+            return len(chunk), _BUFFER_SIZE
+        if len(self._bytes) < self._needed:
+            whole = bytearray(self._needed)
+            whole[:self._filled] = self._bytes
+            self._bytes = whole
+        wanted = self._needed - self._filled
+        return self.connection.recv_into(memoryview(self._bytes)[self._filled:]), wanted
+
+    def _cut(self, size):
+        self._filled -= size
+        if not self._filled:
+            piece, self._bytes = self._bytes, bytearray()
+        else:
+            piece = self._bytes[:size]
+            del self._bytes[:size]
+        return piece
+
+    def _take_apart(self):
+        while True:
+            kind, count, took, size = _HEADER.unpack((yield _HEADER.size))
+            if kind > _RAISED:
+                raise ValueError(f"a message of unknown kind {kind}")
+            sizes = []
+            for _ in range(count):
+                sizes += _SIZE.unpack((yield _SIZE.size))
+            data = yield size
+            buffers = []
+            for size in sizes:
+                buffer = yield size >> 1
+                buffers.append(bytes(buffer) if size & 1 else buffer)
+            self._messages.append((kind, took, data, buffers))
+
+
+# === Backend: process ===
+
+_QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead ...
+_AHEAD = 16             # ... so many: they cannot be cancelled any more, but save waiting for each
+_STARTS = 3             # in a row that failed, and the worker is given up
+
+# The worker's side
+
+class _Place:
+    """Stand, in a pickled call, for the result of a future that is not done yet."""
+
+    values = ()                 # in the worker: the results for the call that is being loaded
+
+    def __init__(self, index):
+        self.index = index
+
+    def __reduce__(self):
+        return _value_at, (self.index,)
+
+
+def _value_at(index):
+    return _Place.values[index]
+
+
+class _Shared:
+    """A function that goes to each worker of a pool once, for many calls."""
+
+    numbers = itertools.count()
+    functions = {}              # in the worker: by number
+
+    def __init__(self, fn):
+        self.number = next(self.numbers)
+        self.portable = _frozen(_dumps(fn, lambda: ({"the function": fn},)))
+        self.holders = weakref.WeakSet()        # the links that have sent it
+
+    def __reduce__(self):
+        return _shared_function, (self.number,)
+
+    def __del__(self):
+        for link in self.holders:
+            link.forgotten.append(self.number)
+
+
+def _shared_function(number):
+    fn = _Shared.functions[number]
+    if type(fn) is tuple:               # at its first use, so that an error of it is a call's
+        fn = _Shared.functions[number] = _loads(*fn)
+    return fn
+
+
+def _worker_main(connection):
+    """Live as a worker process: the recipe comes first, then calls, until the parent hangs up."""
+    _load_wire()
+    _here.is_ours = True
+    recipe = _here.recipe               # set by the parent before a fork, which inherits it
+    _here.recipe = None
+    try:
+        *_, data, buffers = _receive(connection)
+        _settle_in(*_loads(data, buffers))
+        kind, _, data, buffers = _receive(connection)
+        try:
+            runner = _Runner(_load(data, buffers) if recipe is None else recipe)
+        except BaseException as error:
+            _send_all(connection, _message(_NOT_BUILT, _dump_error(_without_our_frame(error))))
+            return
+        _pin(type(runner.target))
+        _send_all(connection, _message(_BUILT, (b"", [])))
+        try:
+            while True:
+                _serve(connection, runner)
+        finally:
+            runner.close()
+    except EOFError:
+        pass
+
+
+def _settle_in(path, directory, environment, arguments):
+    """Take over the parent's surroundings as they were at `init`."""
+    sys.path[:] = path
+    sys.argv[:] = arguments
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    try:
+        os.chdir(directory)
+    except OSError:             # it is gone: the parent could not use it either
+        pass
+
+
+def _load(data, buffers):
+    """Load what the parent sent; a pool that an imported module makes meanwhile is refused."""
+    _here.is_loading = True
+    try:
+        return _loads(data, buffers)
+    finally:
+        _here.is_loading = False
+
+
+def _serve(connection, runner):
+    """Take one message from the parent; carry it out, and answer, if it is a call."""
+    kind, _, data, buffers = _receive(connection)
+    if kind == _CALL:
+        began = time.perf_counter()
+        answer = _answer(runner, data, buffers)
+        _send_all(connection, _message(*answer, int((time.perf_counter() - began) * 1e6)))
+    elif kind == _VALUES:
+        try:
+            _Place.values = _load(data, buffers)
+        except BaseException as error:
+            _Place.values = _Unloadable(error)
+    elif kind == _SHARED:
+        number, size = _loads(data)
+        _Shared.functions[number] = size, buffers
+    elif kind == _FORGET:
+        for number in _loads(data):
+            _Shared.functions.pop(number, None)
+
+
+class _Unloadable:
+    """Values that could not be loaded: the call that wants them says why."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+def _answer(runner, data, buffers):
+    """Carry out a call; return the kind and the content of the answer."""
+    import pickle
+    method = "a call"
+    try:
+        method, args, kwargs = _load(data, buffers)
+    except BaseException as error:
+        if not isinstance(error, _PoolWhileImporting):
+            cause, error = error, pickle.PicklingError(
+                f"the worker cannot load the arguments of a call: {type(error).__name__}: {error}")
+            error.__cause__ = cause
+        return _RAISED, _dump_error(error)
+    finally:
+        _Place.values = ()
+    kind, value = contextvars.Context().run(_outcome_here, runner, method, args, kwargs)
+    if kind is _ERROR:
+        return _RAISED, _dump_error(value)
+    try:
+        try:
+            return _RETURNED, _dumps(value, lambda: ({"result": value}, f" of {method}()"))
+        except pickle.PicklingError:
+            if not isinstance(value, _Outcomes):
+                raise
+            return _RETURNED, _dumps(value.each_apart())
+    except BaseException as error:
+        return _RAISED, _dump_error(_without_our_frame(error))
+
+
+def _outcome_here(runner, method, args, kwargs):
+    _calling.set(runner)
+    return runner.outcome(method, args, kwargs)
+
+
+# The parent's side
+
+class _Reader:
+    """The thread that hears all worker processes: answers, deaths, sockets that take more again.
+
+    It owns what happens to them: they are started here, buried here and started again; their
+    calls are settled here. It ends with the last of them.
+    """
+
+    def __init__(self):
+        _load_wire()
+        self.backends = set()
+        self.todo = collections.deque()             # (function, arguments), to be called here
+        self.timers = []                            # a heap of (when, number, function)
+        self.numbers = itertools.count()
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.rope = _socket_pair()       # pulled to wake the thread
+        self.bell.setblocking(False)
+        self.rope.setblocking(False)
+        self.is_rung = False
+        self.watch(self.bell, selectors.EVENT_READ, self._answer_bell)
+        self.thread = threading.Thread(target=self._main, name="concurry reader", daemon=True)
+
+    def post(self, function, *args):
+        """Have a function called on this thread; from any thread, at any time."""
+        self.todo.append((function, args))
+        if not self.is_rung:
+            self.is_rung = True
+            try:
+                self.rope.send(b"!")
+            except OSError:         # the bell rings already, or there is nobody left to hear it
+                pass
+
+    def later(self, seconds, function):
+        """Call a function after some time; on this thread only."""
+        import heapq
+        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), function))
+
+    def watch(self, file, events, function):
+        """Have `function(events)` called when there are some; on this thread only."""
+        self.selector.register(file, events, function)
+
+    def forget(self, file):
+        self.selector.unregister(file)
+
+    def turn(self, lock, timeout):
+        """Wait for a lock on this thread: go on with the work until it is free."""
+        deadline = _deadline(timeout)
+        while not lock.acquire(False):
+            if deadline is not None and _left(deadline) == 0:
+                return False
+            self._step(_left(deadline))
+        return True
+
+    def _answer_bell(self, events):
+        self.bell.recv(4096)
+        self.is_rung = False        # before the work is looked at: what comes now rings again
+
+    def _main(self):
+        _here.is_ours = True
+        _here.turn = self.turn
+        try:
+            while not self._has_ended():
+                self._step(None)
+        except BaseException as error:
+            logger.exception("the reader of the worker processes failed; all their calls fail")
+            _reader_failed(self, error)
+        finally:
+            self.selector.close()
+            self.bell.close()
+            self.rope.close()
+
+    def _has_ended(self):
+        with _reader_lock:
+            if self.backends or self.todo:
+                return False
+            _readers.pop(os.getpid(), None)
+            return True
+
+    def _step(self, timeout):
+        """Do what there is to do; else wait for more. A step may be made in the middle of another."""
+        while self.todo:
+            function, args = self.todo.popleft()
+            function(*args)
+            if timeout is not None:         # somebody waits in this thread: look whether it is over
+                return
+        timeout = min((t for t in (timeout, self._until_timer()) if t is not None), default=None)
+        for key, events in self.selector.select(timeout):
+            self.todo.append((key.data, (events,)))
+        import heapq
+        while self.timers and self.timers[0][0] <= time.monotonic():
+            self.todo.append((heapq.heappop(self.timers)[2], ()))
+
+    def _until_timer(self):
+        return max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else None
+
+
+_readers = {}                   # by process id: a forked child needs its own
+_reader_lock = threading.RLock()
+
+
+def _reader_for(backend):
+    """Return the reader, started if need be, with this backend among those it hears."""
+    with _reader_lock:
+        reader = _readers.get(os.getpid())
+        if reader is None:
+            reader = _readers[os.getpid()] = _Reader()
+            reader.thread.start()
+        reader.backends.add(backend)
+        return reader
+
+
+def _reader_failed(reader, error):
+    """Fail everything that the reader should have heard of, and what comes later."""
+    with _reader_lock:
+        _readers.pop(os.getpid(), None)
+    for backend in list(reader.backends):
+        backend.perish(error)
+
+
+class _Link:
+    """One process of a worker and what is on its way to it. When it dies, a new link is made."""
+
+    def __init__(self, connection, far, process):
+        self.connection = connection        # our end, non-blocking
+        self.far = far                      # a copy of the worker's end: to see what a dead one left unread
+        self.process = process
+        self.inbox = _Inbox(connection)
+        self.outbox = collections.deque()   # parts of messages that the socket has not taken
+        self.sent = collections.deque()     # (call, bytes up to its end), in order, without an answer
+        self.known = set()                  # numbers of the shared functions it has
+        self.forgotten = collections.deque()
+        self.is_built = False
+        self.is_blocked = False             # the socket is full; the reader watches for room
+        self.has_begun = False              # a call, ever
+
+    def send(self, parts):
+        """Queue parts of messages; return their bytes."""
+        self.outbox.extend(parts)
+        return sum(map(len, parts))
+
+    def flush(self):
+        """Send what the socket takes; tell whether that was all."""
+        while self.outbox:
+            parts = list(itertools.islice(self.outbox, 64))
+            try:
+                count = self.connection.sendmsg(parts)
+            except BlockingIOError:
+                return False
+            except OSError:                 # the worker is dead: its sentinel tells
+                return True
+            while count:
+                part = self.outbox.popleft()
+                if count < len(part):
+                    self.outbox.appendleft(memoryview(part)[count:])
+                    break
+                count -= len(part)
+        return True
+
+    def unread(self):
+        """Return how many bytes a dead worker has not taken."""
+        count = sum(map(len, self.outbox))
+        while True:
+            try:
+                data = self.far.recv(1 << 20, socket.MSG_DONTWAIT)
+            except OSError:
+                data = b""
+            if not data:
+                return count
+            count += len(data)
+
+    def close(self):
+        self.connection.close()
+        self.far.close()
+        self.process.close()
+
+
+def _frozen(portable):
+    """Copy buffers that the caller could change, or that might not be sent when submit returns."""
+    data, buffers = portable
+    return data, [buffer if type(buffer.obj) is bytes else memoryview(
+        buffer.tobytes() if buffer.readonly else bytearray(buffer)) for buffer in buffers]
+
+
+class _ProcessBackend(_Backend):
+    """One process, started again when it dies; calls wait here until it can take them.
+
+    Calls are moved to the socket by one thread at a time, as in the pool: by whoever submits, so
+    that an idle worker gets its call at once, or by the reader when an answer has come.
+    """
+
+    prepares = True
+
+    @staticmethod
+    def set_up(recipe, options):
+        """Return the parts of the messages that a worker begins with."""
+        if _here.is_loading:
+            raise _PoolWhileImporting(
+                f"module {_module_being_imported()!r} makes worker processes while a worker process imports it: "
+                f"that would never end; make them in a function, or under `if __name__ == '__main__'`")
+        portable = _dumps(None if options.mp_context == "fork" else recipe,
+                          lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
+        return _message(_PLACE, _dumps(_parent_state())) + _message(_RECIPE, _frozen(portable))
+
+    @staticmethod
+    def shared(fn):
+        return _Shared(fn)
+
+    @staticmethod
+    def prepare(call):
+        """Pickle the call, in the caller; settle its future and return False if that fails."""
+        try:
+            portable = _dumps((call.method, call.args, call.kwargs), lambda: _call_parts(call))
+        except BaseException as error:
+            _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
+            if not isinstance(error, Exception):
+                raise
+            return False
+        call.shared = next((arg for arg in call.args[:1] if type(arg) is _Shared), None)
+        call.message = _message(_CALL, _frozen(portable))
+        call.args = call.kwargs = None
+        return True
+
+    @staticmethod
+    def complete(call, values):
+        """Add the results that the call has waited for."""
+        portable = _dumps(values, lambda: ({f"the result of dependency {n}": value
+                                           for n, value in enumerate(values)},))
+        call.message = _message(_VALUES, _frozen(portable)) + call.message
+
+    def start(self):
+        self.queue = collections.deque()        # placed here and not yet sent
+        self.feeding = threading.Lock()
+        self.link = None
+        self.dead = None                        # a link that is to be buried
+        self.failures = 0                       # starts in a row that came to nothing
+        self.pace = 1e6                         # microseconds a call takes, about
+        self.is_finishing = False
+        self.reader = _reader_for(self)
+        self.reader.post(self._launch)
+
+    # Sending
+
+    def submit(self, call):
+        self.queue.append(call)
+        self.feed()
+
+    def feed(self):
+        """Send what the worker can take; from any thread."""
+        while self._is_hungry() and self.feeding.acquire(False):
+            try:
+                self._feed(self.link)
+            finally:
+                self.feeding.release()
+        if self.dead is not None:
+            self.reader.post(self._bury)
+
+    def _is_hungry(self):
+        link = self.link
+        return (link is not None and link.is_built and not link.is_blocked and self.dead is None
+                and (link.outbox or self.queue and len(link.sent) < self._window()))
+
+    def _window(self):
+        return _AHEAD if self.pace < _QUICK else 1
+
+    def _feed(self, link):
+        while self.queue and len(link.sent) < self._window():
+            call = self.queue.popleft()
+            message, shared = call.message, call.shared
+            if message is None or not call.future._begin():         # settled meanwhile
+                continue
+            size = 0
+            if link.forgotten:
+                numbers = [link.forgotten.popleft() for _ in range(len(link.forgotten))]
+                link.known.difference_update(numbers)
+                size += link.send(_message(_FORGET, _dumps(numbers)))
+            if shared is not None and shared.number not in link.known:
+                link.known.add(shared.number)
+                shared.holders.add(link)
+                data, buffers = shared.portable
+                size += link.send(_message(_SHARED, _dumps((shared.number, data))[:1] + (buffers,)))
+            link.sent.append((call, size + sum(map(len, message))))
+            link.send(message)
+        if not link.flush():
+            link.is_blocked = True
+            self.reader.post(self._watch_for_room, link)
+
+    def _watch_for_room(self, link):
+        if link is self.link:
+            self.reader.selector.modify(link.connection, selectors.EVENT_READ | selectors.EVENT_WRITE,
+                                        functools.partial(self._hear, link))
+
+    # Hearing: on the reader's thread
+
+    def _hear(self, link, events):
+        if link is not self.link:
+            return
+        if events & selectors.EVENT_WRITE:
+            self.reader.selector.modify(link.connection, selectors.EVENT_READ,
+                                        functools.partial(self._hear, link))
+            link.is_blocked = False
+        try:
+            messages = link.inbox.receive()
+        except Exception as error:
+            logger.error("%s sent what cannot be understood (%s): it is killed", self.name, error)
+            link.process.kill()
+            return
+        for kind, took, data, buffers in messages:
+            self._take(link, kind, took, data, buffers)
+        if link.inbox.is_at_end and link.process is not None:
+            # Without a death: the task has closed its descriptors. It cannot answer any more.
+            self.reader.forget(link.connection)
+            link.process.kill()
+        self.feed()
+
+    def _take(self, link, kind, took, data, buffers):
+        """Take one message: what has to be settled is settled after the worker has got more to do."""
+        if kind in (_RETURNED, _RAISED):
+            call, _ = link.sent.popleft()
+            link.has_begun = True
+            self.failures = 0
+            self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
+            self.reader.todo.append((_settle_answer, (call, kind, data, buffers)))
+        elif kind == _BUILT:
+            link.is_built = True
+            if not self.started.done():
+                self.reader.todo.append((_settle, (self.started, _RESULT, None)))
+        elif kind == _NOT_BUILT:
+            self.cause = _start_error(_load_error(data, buffers), self)
+
+    # Starting and burying: on the reader's thread
+
+    def _launch(self):
+        """Start a process and send it the recipe."""
+        if self.is_finishing and not self.calls:
+            self._end()
+            return
+        self.cause = None
+        connection = far = None
+        try:
+            connection, far = _socket_pair()
+            method = self.pool.options.mp_context.value
+            _here.recipe = self.pool.recipe if method == "fork" else None
+            process = _launch(method, far, _worker_main)
+        except BaseException as error:
+            for end in (connection, far):
+                if end is not None:
+                    end.close()
+            self._failed_to_start(error)
+            return
+        finally:
+            _here.recipe = None
+        connection.setblocking(False)
+        link = _Link(connection, far, process)
+        link.send(self.pool.setup)
+        self.reader.watch(connection, selectors.EVENT_READ, functools.partial(self._hear, link))
+        self.reader.watch(process.sentinel, selectors.EVENT_READ, functools.partial(self._died, link))
+        self.link = link
+        if not link.flush():
+            link.is_blocked = True
+            self._watch_for_room(link)
+        if self.is_finishing:
+            self._hang_up()
+
+    def _died(self, link, events):
+        if link is self.link and self.dead is None:
+            self.dead = link
+            self._bury()
+
+    def _bury(self):
+        """Settle what a dead process leaves behind, and start another one in its place."""
+        if self.dead is None or not self.feeding.acquire(False):
+            return                      # whoever feeds will post this again
+        try:
+            link = self.link
+            if link.connection.fileno() >= 0:
+                self._hear_last(link)
+            begun, unbegun = self._sort_out(link)
+            self.queue.extendleft(reversed(unbegun))
+            self.link = self.dead = None
+        finally:
+            self.feeding.release()
+        pid, exitcode = link.process.pid, link.process.exitcode()
+        self._unwatch(link)
+        link.close()
+        for call in begun:
+            self.reader.todo.append((_settle, (call.future, _ERROR, self._death(pid, exitcode, call))))
+        if begun:
+            self.failures = 0
+        self._succeed(link, pid, exitcode, bool(begun))
+
+    def _hear_last(self, link):
+        try:
+            for message in link.inbox.receive():
+                self._take(link, *message)
+        except Exception:
+            pass                        # cut off in the middle
+
+    def _sort_out(self, link):
+        """Part the calls that were sent into those that had begun, one at most, and the others."""
+        rest, unbegun = link.unread(), collections.deque()
+        while link.sent and rest > 0:
+            call, size = link.sent.pop()
+            rest -= size
+            unbegun.appendleft(call)
+        return [call for call, _ in link.sent], unbegun
+
+    def _unwatch(self, link):
+        for file in (link.connection, link.process.sentinel):
+            try:
+                self.reader.forget(file)
+            except (KeyError, ValueError):
+                pass
+
+    def _death(self, pid, exitcode, call):
+        how = ("in a way that is not known" if exitcode is None else
+               f"by signal {-exitcode} ({_signal_name(-exitcode)})" if exitcode < 0 else f"with exit code {exitcode}")
+        doing = f"while it ran {call.method}()" if call else "before it was built"
+        return WorkerDiedError(f"{self.name} (pid {pid}) died {how}, {doing}", self.name,
+                               call and call.method, pid, exitcode)
+
+    def _succeed(self, link, pid, exitcode, had_begun):
+        """Decide what comes after a process that has ended."""
+        if self.is_finishing and not self.queue:
+            if not self.started.done():
+                _settle(self.started, _ERROR, self.cause or self._death(pid, exitcode, None))
+            self._end()
+            return
+        if not had_begun and not link.has_begun:
+            self._failed_to_start(self.cause or self._death(pid, exitcode, None))
+            return
+        logger.warning("%s (pid %d) died, exit code %s: its state is lost, a new process takes its place",
+                       self.name, pid, exitcode)
+        self.pool.restarts += 1
+        self._launch()
+
+    def _failed_to_start(self, error):
+        self.failures += 1
+        if not self.started.done():
+            _settle(self.started, _ERROR, error)
+        elif self.failures < _STARTS and not self.is_finishing:
+            logger.warning("%s did not start (%s), and is started again", self.name, error)
+            self.pool.restarts += 1
+            self._launch()
+            return
+        self._end()
+        self.pool.lose(self, error)
+
+    # Ending
+
+    def finish(self):
+        self.is_finishing = True
+        self.reader.post(self._hang_up)
+
+    def _hang_up(self):
+        """Tell the worker that no more will come: it ends when it has read everything."""
+        if self.link is not None:
+            try:
+                self.link.connection.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+
+    def kill(self, error):
+        self.is_finishing = True
+        for call in list(self.calls):
+            _settle_unbegun(call.future, _ERROR, error)
+        self.reader.post(self._terminate)
+
+    def _terminate(self):
+        if self.link is not None:
+            process = self.link.process
+            process.kill(15)
+            self.reader.later(_GRACE, process.kill)
+
+    def _end(self):
+        self.reader.backends.discard(self)
+        self.reader.todo.append((_settle, (self.ended, _RESULT, None)))
+
+    def perish(self, error):
+        """Fail everything: the reader itself has failed."""
+        self.is_finishing = True
+        if self.link is not None:
+            self.link.process.kill()
+            self.link.close()
+        _settle(self.started, _ERROR, error)
+        self.pool.lose(self, error)
+        for call in list(self.calls):
+            _settle_unbegun(call.future, _ERROR, error)
+        _settle(self.ended, _RESULT, None)
+
+
+def _signal_name(number):
+    import signal
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def _call_parts(call):
+    names = {f"argument {n}": arg for n, arg in enumerate(call.args, 1)}
+    names.update((f"argument {name!r}", arg) for name, arg in call.kwargs.items())
+    return names, f" of {call.method}()"
+
+
+def _recipe_parts(recipe):
+    names = {"the class": recipe.cls}
+    names.update((f"argument {n}", arg) for n, arg in enumerate(recipe.args, 1))
+    names.update((f"argument {name!r}", arg) for name, arg in recipe.kwargs.items())
+    return names
+
+
+def _settle_answer(call, kind, data, buffers):
+    """Settle a call with what its worker has answered."""
+    import pickle
+    if kind == _RAISED:
+        outcome = _ERROR, _load_error(data, buffers)
+    else:
+        try:
+            outcome = _RESULT, _loads(data, buffers)
+        except BaseException as cause:
+            error = pickle.PicklingError(f"cannot load the result of {call.method}(): {type(cause).__name__}: {cause}")
+            error.__cause__ = cause
+            outcome = _ERROR, error
+    _settle(call.future, *outcome)
+
+
+class _OnDemandProcessBackend(_ProcessBackend):
+    """A process for one call; for a TaskWorker, which has no state, until it has been idle for a moment."""
+
+    def start(self):
+        self.idle_since = 0
+        super().start()
+
+    def rest(self):
+        self.reader.post(self._rest)
+
+    def _rest(self):
+        linger = self.pool.options.on_demand_linger if self.pool.recipe.cls is TaskWorker else 0
+        self.idle_since = since = self.total
+        self.reader.later(linger, lambda: self._leave(since))
+
+    def _leave(self, since):
+        if since == self.total and not self.is_finishing and self.pool.dismiss(self):
+            self.finish()
+
+
+def _parent_state():
+    """Return what a worker takes over from this process."""
+    try:
+        directory = os.getcwd()
+    except OSError:             # it has been removed
+        directory = ""
+    return sys.path[:], directory, dict(os.environ), sys.argv[:]
+
+
+def _module_being_imported():
+    """Return the name of the module whose import calls us, or None."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            return frame.f_globals.get("__name__")
+        frame = frame.f_back
+    return None
+
+
+class _PoolWhileImporting(RuntimeError):
+    """A module makes worker processes when a worker process imports it: that would never end."""
+
+
+_BACKENDS = {
+    (ExecutionMode.Sync, False): _SyncBackend,
+    (ExecutionMode.Threads, False): _ThreadBackend,
+    (ExecutionMode.Threads, True): _OnDemandThreadBackend,
+    (ExecutionMode.Asyncio, False): _AsyncioBackend,
+    (ExecutionMode.Processes, False): _ProcessBackend,
+    (ExecutionMode.Processes, True): _OnDemandProcessBackend,
+}
+
+
+# === Pools ===
+
+_GRACE = 0.9            # seconds: between TERM and KILL, and what a stop may take beyond its timeout
+_pools = weakref.WeakSet()          # those with workers
+_is_exiting = False                 # the interpreter has begun to finish
+
+
+def _must_not_block():
+    """Tell whether code that submits here has to go on: see 'The queue' in the README.
+
+    In a call, a done-callback, a thread of ours or a running event loop waiting for a place could
+    wait for itself. A signal handler and `__del__` interrupt code that may be what they wait for.
+    """
+    if _here.is_ours or _here.callbacks or _calling.get() is not None:
+        return True
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is not None and asyncio._get_running_loop() is not None:
+        return True
+    return _is_interruption(sys._getframe())
+
+
+def _is_interruption(frame):
+    """Tell whether a signal handler or a `__del__` is on the stack."""
+    handlers = _signal_handlers()
+    while frame is not None:
+        if frame.f_code in handlers or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _signal_handlers():
+    """Return the code objects of this process's handlers; empty where signals cannot come."""
+    if threading.current_thread() is not threading.main_thread():
+        return ()
+    import signal
+    handlers = (signal.getsignal(number) for number in signal.valid_signals())
+    return {_code_of(handler) for handler in handlers if callable(handler)} - {None}
+
+
+def _code_of(fn):
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    fn = getattr(fn, "__func__", fn)
+    return getattr(fn, "__code__", None) or getattr(getattr(type(fn), "__call__", None), "__code__", None)
+
+
+class _Pool:
+    """The workers behind a handle: the line of calls before them, and who gets which.
+
+    A call is in `calls` from its submission until it is settled; in `backlog` while it is ready and
+    no worker has room for it; in its backend's `calls` from then on. These are dicts and deques whose
+    single operations are atomic, so that giving a place back needs no lock and can happen anywhere,
+    in a signal handler too. Only placing is done by one thread at a time: whoever finds another one
+    at it leaves the work to that one, and nobody waits.
+    """
+
+    def __init__(self, recipe, options):
+        self.recipe = recipe
+        self.options = options
+        self.name = recipe.cls.__name__
+        self.room = options.room
+        self.balancer = _BALANCERS[options.load_balancing]()
+        self.kind = _BACKENDS[options.mode, options.on_demand]
+        self.backends = []
+        self.calls = {}
+        self.backlog = collections.deque()
+        self.placing = threading.Lock()
+        self.placer = None              # the thread that holds it
+        self.dispatched = 0
+        self.restarts = 0
+        self.is_stopped = False
+        self.closed = None              # why no call is taken any more, in words
+        self.is_finishing = False       # the workers end when the last call has
+        self.once = itertools.count()   # who asks first gets 0: ending is done once
+        self.broken = None              # the error of the last worker that was given up
+
+    # Starting
+
+    def start(self):
+        """Build the workers side by side; return when all are built, or raise what one of them raised."""
+        self.setup = self.kind.set_up(self.recipe, self.options)
+        if self.options.on_demand:
+            _pools.add(self)
+            return
+        try:
+            for index in range(self.options.max_workers):
+                backend = self.kind(self, index)
+                self.backends.append(backend)
+                backend.start()
+            _pools.add(self)
+            _run(_settled_of({backend.started for backend in self.backends}, FIRST_EXCEPTION), None)
+            for backend in self.backends:
+                if backend.started.done():
+                    backend.started.result()
+        except BaseException:
+            self.stop(0)
+            raise
+
+    # Submitting
+
+    def submit(self, method, args, kwargs, deadline=None):
+        """Send a call on its way and return its future; wait for a place in the queue if one may.
+
+        Raises RuntimeError when no call is taken any more, TimeoutError at the deadline.
+        """
+        future = BaseFuture()
+        call = _Call(self, future, method, args, kwargs)
+        future.__dict__["_call"] = call
+        self.calls[call] = None
+        if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
+            future.cancel()
+            raise RuntimeError(self.closed or "cannot submit: the interpreter is exiting")
+        if self.options.unwrap_futures and _may_hold_futures(args, kwargs):
+            nested = _Nested([args, kwargs])
+            if nested.futures:
+                self._await_dependencies(call, nested)
+                return future
+        if self.kind.prepares and not self.kind.prepare(call):
+            return future
+        self.enqueue(call)
+        if call.backend is None and not self.options.on_demand and not future.done():
+            self._wait_for_place(call, deadline)
+        return future
+
+    def _await_dependencies(self, call, nested):
+        """Have the call enqueued when the futures among its arguments are done."""
+        futures = list(dict.fromkeys(nested.futures))
+        if self.kind.prepares:
+            places = {id(future): _Place(n) for n, future in enumerate(futures)}
+            call.args, call.kwargs = nested.rebuilt(lambda future: places[id(future)])
+            if not self.kind.prepare(call):
+                return
+        pending = [future for future in futures if not future.done()]
+        call.is_late = bool(pending)
+        then = functools.partial(self._resume, call, nested, futures)
+        if pending:
+            call.watch = _Watch(pending, len(pending), _has_no_result, then)
+        else:
+            then()
+
+    def _resume(self, call, nested, futures):
+        for future in futures:
+            if future.done() and _has_no_result(future):
+                kind, value = _outcome_of(future)
+                _settle_unbegun(call.future, kind, value)
+                return
+        call.watch = None
+        try:
+            if self.kind.prepares:
+                self.kind.complete(call, [_outcome_of(future)[1] for future in futures])
+            else:
+                call.args, call.kwargs = nested.rebuilt(lambda future: _outcome_of(future)[1])
+        except BaseException as error:
+            _settle_unbegun(call.future, _ERROR, error)
+        else:
+            self.enqueue(call)
+
+    def enqueue(self, call):
+        """Have a call that is ready carried out in its turn."""
+        if self.kind.runs_inline:
+            self._assign(call, self.backends[0])
+            call.backend.submit(call)
+        else:
+            self.backlog.append(call)
+            self.place()
+
+    def _wait_for_place(self, call, deadline):
+        """Sleep until the call has been placed or settled, where this thread may sleep."""
+        if _must_not_block() or self.placer == threading.get_ident():
+            return
+        gate = threading.Lock()
+        gate.acquire()
+        call.gate = gate
+        try:
+            if call.backend is None and not call.future.done() and not _sleep_on(gate, _left(deadline)):
+                raise _timeout("no place in the queue became free in time")
+        except BaseException:
+            call.future.cancel()        # the caller will never see it
+            raise
+
+    # Placing
+
+    def place(self):
+        """Give what is in the backlog to workers that have room."""
+        while self.backlog and self.placing.acquire(False):
+            self.placer = threading.get_ident()
+            refused = []
+            try:
+                while self.backlog and self._place_one(refused):
+                    pass
+            finally:
+                self.placer = None
+                self.placing.release()
+            for call, error in refused:
+                _settle_unbegun(call.future, _ERROR, error)
+            # Looked at again after the release: who gave a place back meanwhile left it to us.
+            if not self._has_room():
+                return
+
+    def _place_one(self, refused):
+        """Place the first call of the backlog; return False if no worker has room for it."""
+        if self.backlog[0].future.done():
+            self.backlog.popleft()
+            return True
+        try:
+            backend = self._choose()
+        except Exception as error:          # there is no worker, and none can be made
+            refused.append((self.backlog.popleft(), error))
+            return True
+        if backend is None:
+            return False
+        call = self.backlog.popleft()
+        if self._assign(call, backend):
+            backend.submit(call)
+            call.open_gate()
+        return True
+
+    def _assign(self, call, backend):
+        call.backend = backend
+        backend.calls[call] = None
+        if call not in self.calls:      # settled since: who did that may not have seen the backend
+            backend.calls.pop(call, None)
+            return False
+        backend.total += 1
+        self.dispatched += 1
+        return True
+
+    def _choose(self):
+        backends = self.backends
+        if self.broken is not None:
+            raise self.broken
+        backend = self.balancer.choose(backends, self.room) if backends else None
+        if backend is None and self.options.on_demand and len(backends) < self.options.max_workers:
+            try:
+                backend = self._grow()
+            except Exception:
+                if not backends:        # else the call waits for one of those
+                    raise
+        return backend
+
+    def _grow(self):
+        taken = {backend.index for backend in self.backends}
+        backend = self.kind(self, next(index for index in itertools.count() if index not in taken))
+        backend.start()
+        self.backends = [*self.backends, backend]
+        return backend
+
+    def _has_room(self):
+        return (self.options.on_demand and len(self.backends) < self.options.max_workers
+                or self.broken is not None
+                or any(len(backend.calls) < self.room for backend in self.backends))
+
+    def leave(self, call):
+        """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
+        self.calls.pop(call, None)
+        backend = call.backend
+        if backend is not None:
+            backend.calls.pop(call, None)
+        call.open_gate()
+        if call.watch is not None:
+            call.watch.leave()
+        if self.backlog:
+            self.place()
+        if backend is not None and self.options.on_demand and not backend.calls:
+            backend.rest()
+        if self.is_finishing and not self.calls:
+            self._finish()
+
+    def dismiss(self, backend):
+        """Take an idle worker out of an on-demand pool; return False if it got a call meanwhile.
+
+        To be called in a thread of ours: it may wait for the one that is placing.
+        """
+        with self.placing:
+            is_idle = not backend.calls
+            if is_idle:
+                self._remove(backend)
+        self.place()
+        return is_idle
+
+    def _remove(self, backend):
+        # A new list: others may be reading the old one.
+        self.backends = [other for other in self.backends if other is not backend]
+
+    def lose(self, backend, error):
+        """Give up a worker that cannot be started: the others take over, or all fails with this error."""
+        with self.placing:
+            self._remove(backend)
+            calls = list(backend.calls)
+            backend.calls.clear()
+            for call in calls:
+                call.backend = None
+            if self.options.on_demand:
+                lost = calls
+            else:
+                lost = ()
+                self.backlog.extendleft(reversed(calls))
+                if not self.backends:
+                    self.broken = error
+        for call in lost:
+            _settle_unbegun(call.future, _ERROR, error)
+        self.place()
+
+    # Ending
+
+    def close(self, reason):
+        """Take no more calls."""
+        if self.closed is None:
+            self.closed = f"cannot submit to {self.name}: {reason}"
+
+    def finish(self):
+        """Let what was submitted be done, then end the workers; return at once."""
+        self.close("it is shut down")
+        self.is_finishing = True
+        if not self.calls:
+            self._finish()
+
+    def _finish(self):
+        if next(self.once) == 0:
+            for backend in list(self.backends):
+                backend.finish()
+
+    def shutdown(self, wait=True, cancel_futures=False):
+        """Finish, and wait until nothing is left of the workers, unless this is one of them."""
+        self.close("it is shut down")
+        if cancel_futures:
+            for call in list(self.calls):
+                _withdraw(call.future)
+        self.finish()
+        if wait and not self.is_stopped and not self._is_here():
+            _run(self.until_ended(), None)
+
+    def _is_here(self):
+        call = _calling.get()
+        return call is not None and getattr(call, "pool", None) is self \
+            or any(backend.is_here() for backend in self.backends)
+
+    def until_ended(self):
+        """Yield what to wait for until all calls and workers have ended."""
+        while self.calls:
+            yield from _settled_of({call.future for call in list(self.calls)}, ALL_COMPLETED)
+        yield from _settled_of({backend.ended for backend in list(self.backends)}, ALL_COMPLETED)
+
+    def stop(self, timeout=None):
+        """Drop what has not begun, let what runs finish within the timeout, then end it the hard way."""
+        if self.is_stopped:
+            return
+        self.is_stopped = True
+        self.close("it is stopped")
+        timeout = self.options.stop_timeout if timeout is None else timeout
+        deadline = _deadline(timeout)
+        dropped = sum(_withdraw(call.future) for call in list(self.calls))
+        if dropped:
+            logger.warning("%s was stopped: %d calls that had not begun were cancelled", self.name, dropped)
+        mine = {_calling.get(), *_here.sync_calls}      # whoever stops cannot wait for itself
+        running = [call for call in list(self.calls) if call not in mine]
+        waited_for = {call.future for call in running if call.backend is None or not call.backend.stalls_here()}
+        _run(_settled_of(waited_for, ALL_COMPLETED), timeout)
+        error = WorkerDiedError(f"{self.name} was stopped after {timeout:g} s, in the middle of this call", self.name)
+        for backend in list(self.backends):
+            if any(call in backend.calls for call in running):
+                backend.kill(error)
+            else:
+                backend.finish()
+        self._see_them_end(deadline, error)
+
+    def _see_them_end(self, deadline, error):
+        """Wait for the workers; kill those that are late; warn of what cannot be killed."""
+        ended = {backend.ended: backend for backend in list(self.backends) if not backend.is_here()}
+        late = _run(_settled_of(set(ended), ALL_COMPLETED), max(_left(deadline), 0.05)).not_done
+        for future in late:
+            ended[future].kill(error)
+        late = {future for future in late if ended[future].can_be_killed}
+        _run(_settled_of(late, ALL_COMPLETED), _GRACE + 0.05)
+        alive = sum(not future.done() for future in ended)
+        if alive:
+            import warnings
+            warnings.warn(f"{alive} workers of {self.name} go on although it was stopped: a thread cannot be killed",
+                          ResourceWarning, stacklevel=4)
+
+    # Looking inside
+
+    def stats(self):
+        busy = sum(bool(backend.calls) for backend in self.backends)
+        return {
+            "total_workers": len(self.backends),
+            "max_workers": self.options.max_workers,
+            "on_demand": self.options.on_demand,
+            "on_demand_active": busy if self.options.on_demand else 0,
+            "restarts": self.restarts,
+            "stopped": self.closed is not None,
+            "max_queued_tasks": None if self.room == float("inf") or self.options.on_demand else self.room,
+            "load_balancer": {"algorithm": self.balancer.algorithm, "total_dispatched": self.dispatched,
+                              **self.balancer.stats(self.backends)},
+        }
+
+
+def _finish_all():
+    """Finish what was submitted anywhere: the interpreter is about to exit, the daemons still run."""
+    global _is_exiting
+    _is_exiting = True
+    pools = [pool for pool in _pools if not pool.is_stopped]
+    calls = True
+    while calls:
+        calls = [call for pool in pools for call in list(pool.calls)]
+        ready = {call.future for call in calls if call.watch is None}
+        if ready:
+            _run(_settled_of(ready, FIRST_COMPLETED), None)
+        else:                           # they wait for what nobody of ours will finish
+            for call in calls:
+                _withdraw(call.future)
+    backends = [backend for pool in pools for backend in list(pool.backends)]
+    for pool in pools:
+        pool.finish()
+    _run(_settled_of({backend.ended for backend in backends}, ALL_COMPLETED), _GRACE)
+
+
+threading._register_atexit(_finish_all)
+
+
+# === Handles ===
+
+_UNSET = object()
+
+
+class _Handle:
+    """What the caller holds of a worker or a pool: its methods become calls.
+
+    Every public method of the user's class is one of the handle's class, made by `_handle_type`.
+    """
+
+    def __init__(self, pool):
+        self.__dict__["_pool"] = pool
+        # No `atexit`: at exit everything is finished by _finish_all, in the right order.
+        weakref.finalize(self, pool.finish).atexit = False
+
+    def _call(self, method, args, kwargs):
+        future = self._pool.submit(method, args, kwargs)
+        return future.result() if self._pool.options.blocking else future
+
+    def stop(self, timeout=None):
+        """Drop: take no more calls, cancel what has not begun, end what does not end by itself.
+
+        What runs may finish within `timeout` seconds (None: `global_config`'s `stop_timeout`, 30).
+        Then coroutines are cancelled; processes are killed, TERM first and KILL a second later, and
+        their calls fail with WorkerDiedError; threads are left to themselves with a ResourceWarning,
+        and their calls fail likewise. No future stays unfinished, but that of a call which itself
+        stops its worker. May be called from any thread; a second call returns at once.
+        """
+        if timeout is not None:
+            timeout = _parse("timeout", timeout, {"timeout": (_seconds, "a number of seconds from 0")})
+        self._pool.stop(timeout)
+
+    def close(self):
+        """Do what `stop()` does."""
+        self.stop()
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        """Finish: take no more calls, and end when everything submitted is done.
+
+        Returns when that is so, or at once if `wait` is False or this is a call of the worker itself.
+        With `cancel_futures` what has not begun is cancelled.
+        """
+        self._pool.shutdown(wait, cancel_futures)
+
+    def get_pool_stats(self):
+        """Return a dict: workers, restarts, calls dispatched and how they are spread."""
+        return self._pool.stats()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)):
+            self._pool.stop(0)
+        else:
+            self._pool.shutdown()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, traceback):
+        self._pool.finish()
+        if not self._pool.is_stopped:
+            await _run_async(self._pool.until_ended(), None)
+
+    def __getattr__(self, name):
+        _check_method(self._pool.recipe.cls, name)
+        return functools.partial(self._call, name)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name!r} cannot be set: the worker's state is its own, and its options are fixed")
+
+    def __dir__(self):
+        return sorted({*super().__dir__(), *(name for name, _ in _definitions(self._pool.recipe.cls) if name[0] != "_")})
+
+    def __repr__(self):
+        options = self._pool.options
+        return (f"<{self._pool.name} handle: {options.mode.value}, {len(self._pool.backends)} of "
+                f"{options.max_workers} workers, {len(self._pool.calls)} calls{', stopped' * bool(self._pool.closed)}>")
+
+    def __reduce__(self):
+        import pickle
+        raise pickle.PicklingError(f"a handle ({self!r}) cannot travel to another process: make the worker there")
+
+
+for _name in _OPTIONS:
+    setattr(_Handle, _name, property(lambda self, name=_name: getattr(self._pool.options, name),
+                                     doc=f"The option {_name}."))
+
+
+def _check_method(cls, name):
+    """Raise an AttributeError that helps unless `name` is a public method of the class."""
+    if name.startswith("_"):
+        raise AttributeError(f"{name!r} is private: only public methods of {cls.__name__} can be called from outside")
+    value = getattr(cls, name, _UNSET)
+    if callable(value):
+        return
+    if value is not _UNSET or any(name in getattr(base, "__annotations__", ()) for base in cls.__mro__):
+        raise AttributeError(f"{name!r} is data of {cls.__name__}: only methods can be called from outside")
+    known = [known for known, value in _definitions(cls) if not known.startswith("_") and callable(getattr(cls, known))]
+    raise AttributeError(f"{cls.__name__} has no method {name!r}{_nearest(name, known)}")
+
+
+def _proxy(name, method):
+    def proxy(self, /, *args, **kwargs):
+        return self._call(name, args, kwargs)
+    try:
+        return functools.wraps(method)(proxy)
+    except (AttributeError, TypeError):
+        return proxy
+
+
+def _refusal(name):
+    def refuse(self):
+        _check_method(self._pool.recipe.cls, name)
+    return property(refuse)
+
+
+def _handle_type(cls):
+    """Make the class of the handles of a worker class: its public names first, but for `stop`."""
+    base = _TaskHandle if issubclass(cls, TaskWorker) else _Handle
+    annotated = {name for parent in cls.__mro__ for name in getattr(parent, "__annotations__", ())}
+    names = {name for name, _ in _definitions(cls)} | {name for name in annotated if hasattr(base, name)}
+    proxies = {}
+    for name in names - {"stop"} - _NOT_THE_USERS:
+        if not name.startswith("_"):
+            value = getattr(cls, name, None)
+            proxies[name] = _proxy(name, value) if callable(value) else _refusal(name)
+    return type(f"{cls.__name__}Handle", (base,), proxies)
+
+
+class _TaskHandle(_Handle, concurrent.futures.Executor):
+    """The handle of a TaskWorker: a concurrent.futures.Executor, or a function if one is bound."""
+
+    @property
+    def _bound(self):
+        return self._pool.recipe.bound
+
+    def submit(self, /, *args, **kwargs):
+        """Call `fn(*args, **kwargs)` in a worker; return its future (its result when blocking).
+
+        `submit(fn, ...)`, or `submit(...)` when a function is bound.
+        """
+        if self._bound is not None:
+            return self._call("__call__", args, kwargs)
+        if not args or not callable(args[0]):
+            raise TypeError(f"submit() needs a function first{f', not {args[0]!r}' if args else ''}")
+        return self._call("submit", args, kwargs)
+
+    def __call__(self, /, *args, **kwargs):
+        if self._bound is None:
+            raise TypeError("no function is bound to this worker: use submit(fn, ...), or init(fn=...)")
+        return self._call("__call__", args, kwargs)
+
+    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None):
+        """Return an iterator of the function's results over the iterables, in their order.
+
+        `map(fn, *iterables)`, or `map(*iterables)` when a function is bound; then each tuple of a
+        single iterable is spread if the function cannot take one argument. What an item raised, or
+        the input, is raised in its turn, and leaving early cancels the rest.
+
+        timeout: seconds from this call after which waiting raises TimeoutError; None: never.
+        chunksize: so many items travel together, in one place of the queue.
+        buffersize: at most so many items are in flight, and the input is read as results are taken;
+            None: all items are submitted now.
+        """
+        fn = self._bound
+        if fn is None:
+            if not args or not callable(args[0]):
+                raise TypeError(f"map() needs a function first{f', not {args[0]!r}' if args else ''}")
+            fn, *args = args
+        _parse("chunksize", chunksize, {"chunksize": _whole(1, none=False)})
+        _parse("buffersize", buffersize, {"buffersize": _whole(1)})
+        items = zip(*args)
+        if self._bound is not None and len(args) == 1 and not _takes_one(fn):
+            items = (item[0] if isinstance(item[0], tuple) else item for item in items)
+        return _Map(self._pool, None if fn is self._bound else self._pool.kind.shared(fn), items,
+                    timeout, chunksize, buffersize).results()
+
+
+def _takes_one(fn):
+    """Tell whether the function can be called with one positional argument."""
+    import inspect
+    try:
+        inspect.signature(fn).bind(None)
+    except TypeError:
+        return False
+    except ValueError:          # it has no signature
+        return True
+    return True
+
+
+class _Map:
+    """One `map`: what is in flight, in order, and where more comes from."""
+
+    def __init__(self, pool, fn, items, timeout, chunksize, buffersize):
+        self.pool, self.fn, self.items = pool, fn, items
+        self.timeout, self.deadline = timeout, _deadline(timeout)
+        self.chunksize = 1 if pool.kind.runs_inline else chunksize
+        self.flying = collections.deque()       # futures; at the end what reading the input raised
+        most = sys.maxsize if buffersize is None else max(1, buffersize // self.chunksize)
+        try:
+            while len(self.flying) < most and self.launch():
+                pass
+        except BaseException:
+            self.cancel()
+            raise
+
+    def launch(self):
+        """Submit the next chunk; return False if there is none."""
+        if self.items is None:
+            return False
+        try:
+            chunk = list(itertools.islice(self.items, self.chunksize))
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                raise
+            self.items = None
+            self.flying.append(error)
+            return False
+        if not chunk:
+            self.items = None
+            return False
+        self.flying.append(self.submit(chunk))
+        return True
+
+    def submit(self, chunk):
+        if self.chunksize > 1:
+            return self.pool.submit("_chunk", (self.fn, chunk), {}, self.deadline)
+        if self.fn is None:
+            return self.pool.submit("__call__", chunk[0], {}, self.deadline)
+        return self.pool.submit("submit", (self.fn, *chunk[0]), {}, self.deadline)
+
+    def results(self):
+        try:
+            while self.flying:
+                future = self.flying[0]
+                if not isinstance(future, concurrent.futures.Future):
+                    raise future
+                result = future.result(_left(self.deadline))
+                self.flying.popleft()
+                del future              # the result is the caller's alone
+                self.launch()
+                if self.chunksize == 1:
+                    yield result
+                else:
+                    yield from _unpacked(result)
+                del result
+        finally:
+            self.cancel()
+
+    def cancel(self):
+        for future in self.flying:
+            if isinstance(future, concurrent.futures.Future):
+                future.cancel()
+        self.flying.clear()
+
+
+class _Outcomes(list):
+    """The (kind, value) of each item of a chunk; errors travel in a form of their own."""
+
+    def __reduce__(self):
+        return _unpack_outcomes, ([(kind, value if kind is _RESULT else _dump_error(value)) for kind, value in self],)
+
+    def each_apart(self):
+        """Return the same with an error for each result that does not travel."""
+        return _Outcomes(map(_portable_outcome, self))
+
+
+def _portable_outcome(outcome):
+    kind, value = outcome
+    try:
+        if kind is _RESULT:
+            _dumps(value, lambda: ({"result": value},))
+    except Exception as error:
+        return _ERROR, error
+    return outcome
+
+
+def _unpack_outcomes(outcomes):
+    return [(_RESULT, value) if kind == _RESULT else (_ERROR, _load_error(*value)) for kind, value in outcomes]
+
+
+def _unpacked(outcomes):
+    for kind, value in outcomes:
+        if kind is not _RESULT:
+            raise value
+        yield value
+
+
+# === Workers ===
+
+def _open(cls, given, args, kwargs, sized=False):
+    """Build the worker or pool and return its handle."""
+    if issubclass(cls, TaskWorker):
+        fn = cls._bound_function(*args, **kwargs)
+    else:
+        fn = None
+    options = _Options(given, sized)
+    recipe = _Recipe(cls, args, kwargs, fn)
+    pool = _Pool(recipe, options)
+    pool.start()
+    return _handle_type(cls)(pool)
+
+
+class _Builder:
+    """A worker class with its options chosen: `init` builds the worker."""
+
+    def __init__(self, cls, given):
+        self._cls = cls
+        self._given = given
+        if given.get("mode") or global_config.defaults.mode:
+            _Options(given)             # an impossible combination is told now
+
+    def init(self, *args, **kwargs):
+        """Build the worker, or the pool of workers, with these arguments of the constructor.
+
+        Returns the handle when all constructors have returned; raises what one of them raised, with
+        nothing left running; ValueError for options that do not go together.
+        """
+        return _open(self._cls, self._given, args, kwargs)
+
+    def __repr__(self):
+        return f"<builder of {self._cls.__name__}: {self._given}>"
+
+
+def _options(cls, **given):
+    """Choose how and where the worker lives; `.init(...)` on what this returns builds it.
+
+    mode: "sync", "thread", "process" or "asyncio".
+    blocking: a method call returns the result itself, not a future. Default False.
+    max_workers: None or 1 for one worker, more for a pool; 0 with `on_demand`: the CPUs less one.
+    load_balancing: "round_robin", "least_active", "least_total" or "random".
+    on_demand: make a worker for each call and destroy it afterwards. Default False.
+    max_queued_tasks: unsettled calls per worker, beyond which submitting waits; None: unbounded.
+    unwrap_futures: futures among the arguments become their results. Default True.
+    mp_context: in process mode "forkserver", "spawn" or "fork".
+    on_demand_linger: seconds that an idle on-demand TaskWorker is kept.
+
+    Defaults are `global_config`'s. Raises TypeError for an unknown option, ValueError for an
+    impossible value; both name what would do.
+    """
+    stored = getattr(cls, "_worker_options", {})
+    return _Builder(cls, {**stored, **{name: _parse(name, value) for name, value in given.items()}})
+
+
+def _init(cls, *args, **kwargs):
+    """Build the worker with the options of its class; see `options`."""
+    return _options(cls).init(*args, **kwargs)
+
+
+def _make_object(cls, make, args, kwargs):
+    """Make a plain object in a worker, a handle where the class says so: the `__new__` of worker classes."""
+    if _here.building is cls:
+        _here.building = None
+    elif getattr(cls, "_auto_init", False):
+        return _init(cls, *args, **kwargs)
+    if make is not object.__new__:
+        return make(cls, *args, **kwargs)
+    if (args or kwargs) and cls.__init__ is object.__init__:
+        raise TypeError(f"{cls.__name__}() takes no arguments")
+    return make(cls)
+
+
+class Worker:
+    """The base of classes whose objects live in a worker: a thread, a process, an event loop.
+
+    `My.options(mode="thread").init(...)` builds one and returns its handle, whose methods return
+    futures. `My(...)` is a plain object, for unit tests say. `class My(Worker, mode="thread")` stores
+    options: then `My(...)` and `My.init(...)` return a handle, too.
+
+    A worker runs its calls one at a time, in the order in which they become ready; in asyncio mode
+    coroutine methods interleave, and plain methods run one at a time on a thread beside the loop:
+    state that both use needs a lock.
+    """
+
+    options = classmethod(_options)
+    init = classmethod(_init)
+
+    def __new__(cls, *args, **kwargs):
+        return _make_object(cls, super().__new__, args, kwargs)
+
+    def __init_subclass__(cls, auto_init=True, **others):
+        ours = {name: others.pop(name) for name in list(others) if name in _OPTIONS}
+        try:
+            super().__init_subclass__(**others)
+        except TypeError:
+            if not others:
+                raise
+            name = next(iter(others))
+            raise TypeError(f"unknown option {name!r}{_nearest(name, _OPTIONS)}") from None
+        if ours:
+            _store_options(cls, ours, auto_init)
+
+    @property
+    def limits(self):
+        """The limits of the worker this object lives in; without any, everything is granted at once."""
+        return _limits_of.get(id(self), _UNLIMITED)
+
+
+_NOT_THE_USERS = frozenset(["options", "init", "limits"])
+
+
+def _store_options(cls, given, auto_init):
+    stored = getattr(cls, "_worker_options", {})
+    cls._worker_options = {**stored, **{name: _parse(name, value) for name, value in given.items()}}
+    cls._auto_init = auto_init
+
+
+def worker(cls=None, /, *, auto_init=True, **options):
+    """Store options with a class, so that calling it builds a worker: `@worker(mode="thread")`.
+
+    Any class will do. `My(...)` and `My.init(...)` then return a handle, `My.options(...)` overrides;
+    `auto_init=False` keeps `My(...)` a plain object. Raises as `Worker.options` does.
+    """
+    if cls is None:
+        return lambda cls: worker(cls, auto_init=auto_init, **options)
+    if not isinstance(cls, type):
+        raise TypeError(f"@worker needs a class, not {cls!r}; for a function there is @task")
+    if not issubclass(cls, Worker):
+        make = cls.__new__
+        cls.__new__ = staticmethod(lambda cls, *args, **kwargs: _make_object(cls, make, args, kwargs))
+        for name in _NOT_THE_USERS:
+            if not hasattr(cls, name):
+                setattr(cls, name, vars(Worker)[name])
+    _store_options(cls, options, auto_init)
+    return cls
+
+
+class TaskWorker(Worker):
+    """A worker for functions: `TaskWorker.options(mode="process").init()` is an executor.
+
+    `init(fn=f)` binds a function: then `submit(*args)`, `map(*iterables)` and `handle(*args)` call it.
+    """
+
+    def __init__(self, fn=None):
+        self._fn = fn
+        self._wants_limits = _parameter_place(fn, "limits")
+
+    @classmethod
+    def _bound_function(cls, *args, **kwargs):
+        """Return the function that the arguments of `init` bind, or None."""
+        fn = kwargs.get("fn", args[0] if args and cls.__init__ is TaskWorker.__init__ else None)
+        if fn is not None and not callable(fn):
+            raise TypeError(f"fn must be callable, not {fn!r}")
+        return fn
+
+    def submit(self, fn, /, *args, **kwargs):
+        """Call the function here."""
+        return fn(*args, **kwargs)
+
+    def __call__(self, /, *args, **kwargs):
+        place = self._wants_limits
+        if place is not None and "limits" not in kwargs and len(args) <= place:
+            kwargs["limits"] = self.limits
+        return self._fn(*args, **kwargs)
+
+    def _chunk(self, fn, items):
+        """Call the function with each item; return their (kind, value)."""
+        call = self if fn is None else functools.partial(self.submit, fn)
+        if _is_async(self._fn if fn is None else fn):
+            return self._chunk_async(call, items)
+        return _Outcomes(_attempt(call, item, {}) for item in items)
+
+    async def _chunk_async(self, call, items):
+        return _Outcomes([await _captured(call(*item)) for item in items])
+
+    def _is_async(self, call):
+        """Tell whether this call of a function gives a coroutine."""
+        if call.method == "__call__":
+            return _is_async(self._fn)
+        return call.method in ("submit", "_chunk") and _is_async(call.args[0] or self._fn)
+
+
+def _parameter_place(fn, name):
+    """Return how many positional arguments come before this required parameter; None if there is none."""
+    code = getattr(fn, "__code__", None)
+    if fn is None or code is not None and name not in code.co_varnames:
+        return None
+    import inspect
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return None
+    parameter = parameters.get(name)
+    if parameter is None or parameter.default is not parameter.empty:
+        return None
+    if parameter.kind is parameter.KEYWORD_ONLY:
+        return sys.maxsize
+    return list(parameters).index(name) if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else None
+
+
+# === Conveniences ===
+
+def Executor(mode, max_workers=None, **options):
+    """Return a handle that is a concurrent.futures.Executor, in any mode.
+
+    `max_workers` None: as many as `global_config` says, thread 24 and process 4. The other options
+    and what is raised are those of `Worker.options`.
+    """
+    given = {"mode": mode, "max_workers": max_workers, **options}
+    return _open(TaskWorker, {name: _parse(name, value) for name, value in given.items()}, (), {}, sized=True)
+
+
+class _TaskFunction(_TaskHandle):
+    """A function under `@task`: the handle of a TaskWorker bound to it, which starts at the first call."""
+
+    __setattr__ = object.__setattr__        # a function has attributes
+
+    def __init__(self, fn, given):
+        self.__dict__.update(_fn=fn, _given=given, _making=threading.Lock(), _made=None, _is_started=False)
+        functools.update_wrapper(self, fn)
+
+    @property
+    def _pool(self):
+        if self._made is None:
+            with self._making:
+                if self._made is None:
+                    self.__dict__["_made"] = self._make_pool()
+        return self._made
+
+    def _make_pool(self):
+        given = dict(self._given)
+        mode = given.get("mode") or global_config.defaults.mode
+        if mode is not None and mode not in _ONE_WORKER:
+            given.setdefault("on_demand", global_config.get_defaults(mode)["task_decorator_on_demand"])
+        pool = _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn), _Options(given, sized=True))
+        weakref.finalize(self, pool.finish).atexit = False
+        return pool
+
+    def _start(self):
+        pool = self._pool
+        with self._making:
+            if self._is_started or pool.closed:
+                return
+            try:
+                pool.start()
+            except BaseException:
+                self.__dict__["_made"] = None
+                raise
+            self.__dict__["_is_started"] = True
+
+    def _call(self, method, args, kwargs):
+        if not self._is_started:
+            self._start()
+        return super()._call(method, args, kwargs)
+
+    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None):
+        self._start()
+        return super().map(*args, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+
+    map.__doc__ = _TaskHandle.map.__doc__
+
+    def __repr__(self):
+        return f"<task {self.__name__}: {self._given}>"
+
+    def __reduce__(self):
+        return _TaskFunction, (self._fn, self._given)
+
+
+def task(fn=None, /, **options):
+    """Make a function run in workers: `@task(mode="process")`; calling it returns a future.
+
+    The function becomes the handle of a TaskWorker that is bound to it: `f(...)`, `f.submit(...)`,
+    `f.map(...)`, `f.stop()`. Nothing starts before its first use. On demand, with a pool's default
+    size, is the default in thread and process mode. A parameter named `limits` gets the worker's limits.
+    Options and what is raised are those of `Worker.options`.
+    """
+    if fn is None:
+        given = {name: _parse(name, value) for name, value in options.items()}
+        if given.get("mode"):
+            _Options(given, sized=True)
+        return lambda fn: _TaskFunction(fn, given)
+    return task(**options)(fn)
+
+
+# === Command line ===
+
+def _arguments():
+    import argparse
+    parser = argparse.ArgumentParser(prog="concurry", description="Apply a callable to every line, on many workers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="map")
+    mapping = commands.add_parser(
+        "map", help="print a result for every line", usage="%(prog)s [options] (CALLABLE | -e EXPRESSION) [FILE ...]",
+        description="Apply a callable to every line of the files, or of standard input, and print a result a line, "
+        "in order, as they come. Errors go to standard error with the number of the line; the first one ends it, "
+        "unless --keep-going. Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.")
+    mapping.add_argument("-e", metavar="EXPRESSION", dest="expression",
+                         help="instead of CALLABLE: an expression over x; modules it names are imported")
+    mapping.add_argument("--mode", default="process", help="sync, thread, process (the default) or asyncio")
+    mapping.add_argument("--max-workers", help="how many workers; process: 4, thread: 24")
+    mapping.add_argument("--keep-going", action="store_true", help="go on after a line that failed")
+    mapping.add_argument("names", nargs="*", metavar="CALLABLE [FILE ...]", help="module:name, and files to read")
+    return parser, mapping
+
+
+class _Expression:
+    """A function of x from its source text: `len(x)`, `hashlib.md5(x.encode()).hexdigest()`."""
+
+    def __init__(self, source):
+        self._source = source
+        self._code = compile(source, "<expression>", "eval")
+        self._modules = {name: _import_or_none(name) for name in self._code.co_names if name != "x"}
+
+    def __call__(self, x):
+        return eval(self._code, {"x": x, **{name: module for name, module in self._modules.items() if module}})
+
+    def __reduce__(self):
+        return _Expression, (self._source,)
+
+
+def _import_or_none(name):
+    import builtins
+    if hasattr(builtins, name):
+        return None
+    try:
+        return __import__(name)
+    except ImportError:
+        return None
+
+
+def _find_callable(name):
+    """Return what `module:name` names, or raise ValueError."""
+    module, _, path = name.partition(":")
+    if not module or not path:
+        raise ValueError(f"{name!r} is not of the form module:name")
+    import importlib
+    try:
+        found = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot find {name!r}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"{name!r} is not callable")
+    return found
+
+
+def _numbered_lines(names):
+    """Yield (where it stands, the line without its end) for the lines of the files or of standard input."""
+    for name in names or [None]:
+        with open(0 if name is None else name, closefd=name is not None, errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                yield f"line {number}" if name is None else f"{name}:{number}", line.rstrip("\n")
+
+
+def _submit_lines(pool, names, submitted, places):
+    """Submit a call a line, so many ahead; on a thread of its own, for standard input may be slow."""
+    try:
+        for where, line in _numbered_lines(names):
+            places.acquire()
+            submitted.put((where, pool.submit(line)))
+    except BaseException as error:
+        submitted.put((None, error))
+    else:
+        submitted.put(None)
+
+
+def _print_results(pool, names, keep_going):
+    """Print a result a line; return the exit status."""
+    submitted = queue.SimpleQueue()
+    places = threading.Semaphore(16 * pool.max_workers)
+    threading.Thread(target=_submit_lines, args=(pool, names, submitted, places), daemon=True).start()
+    status = 0
+    for where, future in iter(submitted.get, None):
+        error = future if where is None else future.exception()
+        if error is None:
+            print(future.result(), flush=True)
+        else:
+            status = 1
+            print(f"concurry: {where or 'input'}: {type(error).__name__}: {error}", file=sys.stderr)
+            if where is None or not keep_going:
+                break
+        places.release()
+    return status
+
+
+def main(argv=None):
+    """Run the command line; return the exit status."""
+    parser, mapping = _arguments()
+    chosen = parser.parse_args(argv)
+    if chosen.expression is None and not chosen.names:
+        mapping.error("a CALLABLE or -e EXPRESSION is needed")
+    sys.path.insert(0, os.getcwd())         # as `python3 -m` does, so that the user's modules are found
+    try:
+        fn = _Expression(chosen.expression) if chosen.expression is not None else _find_callable(chosen.names.pop(0))
+        for name in chosen.names:
+            open(name).close()
+        given = {"mode": chosen.mode, "max_workers": chosen.max_workers}
+        given = {name: _parse(name, value) for name, value in given.items() if value is not None}
+        pool = _open(TaskWorker, given, (fn,), {}, sized=True)
+    except (ValueError, TypeError, OSError, SyntaxError) as error:
+        mapping.error(str(error))
+    status = 1
+    try:
+        status = _print_results(pool, chosen.names, chosen.keep_going)
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # Whoever read our output has enough; the interpreter must not try to flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    finally:
+        pool.stop(0)
+    return status
+
+
+def _load_self():
+    """Return this module under its own name, though it runs as `__main__`."""
+    name = os.path.splitext(os.path.basename(_FILE))[0]
+    if name not in sys.modules:
+        from importlib import util
+        spec = util.spec_from_file_location(name, _FILE)
+        sys.modules[name] = module = util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+if __name__ == "__main__":
+    # Under its own name, so that classes are the same here, in modules that import it, and in workers.
+    sys.exit(_load_self().main())
