@@ -334,6 +334,7 @@ class _Here(threading.local):
     sync_calls = ()             # calls that this thread carries out because it made them
     building = None             # the class whose constructor the next `__new__` belongs to
     recipe = None               # in the fork method: how a worker finds what its parent had in hand
+    passed = None               # descriptors that go along with what this thread pickles
     is_loading = False          # a worker process loads what its parent sent
     turn = None                 # how the reader thread waits (it must not just sleep)
 
@@ -1785,15 +1786,25 @@ def _pin(cls):
         _received.discard(each)
 
 
-def _forget_origin():
-    """Be a process of its own: a forked worker calls this before it loads anything.
+def _name_classes(obj):
+    """Give the classes of `__main__`, and those that obj leads to, their tokens before a fork."""
+    for thing in list(vars(sys.modules["__main__"]).values()):
+        if isinstance(thing, type) and thing.__module__ == "__main__":
+            _token(thing)
+    try:
+        _dumps(obj)
+    except Exception:               # what is inherited need not travel
+        pass
 
-    It would otherwise take the inherited classes for originals and never see them change.
-    """
+
+def _be_forked():
+    """Begin the life of a forked worker: its classes are copies of the parent's, and may change."""
     global _process, _naming
     _process, _naming = os.urandom(12), threading.RLock()
-    for table in (_classes, _tokens, _received, _picklers):
-        table.clear()
+    _picklers.clear()
+    for cls in list(_tokens):
+        if isinstance(cls, type):
+            _received.add(cls)
 
 
 @functools.lru_cache(None)
@@ -1832,7 +1843,7 @@ def _pickler_class():
                 return reduce(self, obj)
             if isinstance(obj, _families):
                 return _reduce_relative(self, obj)
-            return NotImplemented
+            return NotImplemented if _here.passed is None else _here.passed.reduce(obj)
 
     return Pickler
 
@@ -1999,6 +2010,8 @@ def _attributes(function):
 def _reduce_function(pickler, function):
     if _is_found(function, function.__qualname__):
         return NotImplemented
+    if _is_task(function):
+        return _function_of_task, (function.__module__, function.__qualname__)
     cells = function.__closure__
     pickler.bare.update(map(id, cells or ()))
     scope = _scope(pickler, function)
@@ -2006,6 +2019,20 @@ def _reduce_function(pickler, function):
     if id(function) in pickler.bare:
         return made
     return made + (_function_state(function, scope), None, None, _fill_function)
+
+
+def _is_task(function):
+    """Tell whether the function's name now means its handle: `@task` was there."""
+    if not _is_importable(function.__module__):
+        return False
+    found = sys.modules[function.__module__]
+    for part in function.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return isinstance(found, _TaskFunction) and found.__wrapped__ is function
+
+
+def _function_of_task(module, qualname):
+    return functools.reduce(getattr, qualname.split("."), _import(module)).__wrapped__
 
 
 def _function_state(function, scope):
@@ -3300,10 +3327,12 @@ def _shared_function(number):
 def _worker_main(connection):
     """Live as a worker process: the recipe comes first, then calls, until the parent hangs up."""
     _load_wire()
-    _here.is_ours = True
-    recipe = _here.recipe               # set by the parent before a fork, which inherits it
-    _here.recipe = None
+    _here.__dict__.update(is_ours=True, turn=None, callbacks=0, sync_calls=())
+    recipe, _here.recipe = _here.recipe, None       # set by the parent before a fork, which inherits it
+    if recipe is not None:
+        _be_forked()
     try:
+        _Passed.received = socket.recv_fds(connection, 1, _Passed.MOST)[1]
         *_, data, buffers = _receive(connection)
         _settle_in(*_loads(data, buffers))
         kind, _, data, buffers = _receive(connection)
@@ -3608,9 +3637,9 @@ class _ProcessBackend(_Backend):
             raise _PoolWhileImporting(
                 f"module {_module_being_imported()!r} makes worker processes while a worker process imports it: "
                 f"that would never end; make them in a function, or under `if __name__ == '__main__'`")
-        portable = _dumps(None if options.mp_context == "fork" else recipe,
-                          lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
-        return _message(_PLACE, _dumps(_parent_state())) + _message(_RECIPE, _frozen(portable))
+        passed = _Passed()
+        portable = (b"", []) if options.mp_context == "fork" else passed.dumps(recipe)
+        return passed, _message(_PLACE, _dumps(_parent_state())) + _message(_RECIPE, _frozen(portable))
 
     @staticmethod
     def shared(fn):
@@ -3750,8 +3779,12 @@ class _ProcessBackend(_Backend):
         try:
             connection, far = _socket_pair()
             method = self.pool.options.mp_context.value
-            _here.recipe = self.pool.recipe if method == "fork" else None
+            if method == "fork":
+                _here.recipe = self.pool.recipe
+                _name_classes(self.pool.recipe)
             process = _launch(method, far, _worker_main)
+            passed, setup = self.pool.setup
+            socket.send_fds(connection, [b"!"], passed.descriptors)
         except BaseException as error:
             for end in (connection, far):
                 if end is not None:
@@ -3762,7 +3795,7 @@ class _ProcessBackend(_Backend):
             _here.recipe = None
         connection.setblocking(False)
         link = _Link(connection, far, process)
-        link.send(self.pool.setup)
+        link.send(setup)
         self.reader.watch(connection, selectors.EVENT_READ, functools.partial(self._hear, link))
         self.reader.watch(process.sentinel, selectors.EVENT_READ, functools.partial(self._died, link))
         self.link = link
@@ -3911,6 +3944,74 @@ def _call_parts(call):
     names = {f"argument {n}": arg for n, arg in enumerate(call.args, 1)}
     names.update((f"argument {name!r}", arg) for name, arg in call.kwargs.items())
     return names, f" of {call.method}()"
+
+
+class _Passed:
+    """Descriptors that go along with a recipe: to multiprocessing, the process that is being started.
+
+    Its locks, queues and connections can be pickled while a process is started, and only then.
+    """
+
+    MOST = 253                  # what the kernel passes at once
+    received = ()               # in the worker
+
+    def __init__(self):
+        self.descriptors = []
+
+    def dumps(self, recipe):
+        context = sys.modules.get("multiprocessing.context")
+        _here.passed = self if context else None
+        if context:
+            context.set_spawning_popen(self)
+        try:
+            return _dumps(recipe, lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
+        except Exception as error:
+            if isinstance(error.__cause__, _WrongContext):
+                raise TypeError(str(error.__cause__)) from None
+            raise
+        finally:
+            _here.passed = None
+            if context:
+                context.set_spawning_popen(None)
+
+    def reduce(self, obj):
+        """Reduce what multiprocessing knows how to reduce; NotImplemented for the rest."""
+        from multiprocessing import reduction
+        synchronize = sys.modules.get("multiprocessing.synchronize")
+        # A name is how another process finds a lock; those of the fork context have lost theirs.
+        if synchronize and isinstance(obj, synchronize.SemLock) and obj._semlock.name is None:
+            raise _WrongContext(f"a {type(obj).__name__} of multiprocessing's fork context cannot be given to this "
+                                "worker: choose mp_context='fork', or make it with "
+                                "multiprocessing.get_context('spawn')")
+        reduce = reduction.ForkingPickler._extra_reducers.get(type(obj))
+        return NotImplemented if reduce is None else reduce(obj)
+
+    def duplicate_for_child(self, descriptor):
+        if len(self.descriptors) == self.MOST:
+            raise OSError(f"more than {self.MOST} descriptors cannot be given to a worker")
+        self.descriptors.append(os.dup(descriptor))
+        return len(self.descriptors) - 1
+
+    def DupFd(self, index):
+        return _PassedDescriptor(index)
+
+    def close(self):
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+    __del__ = close
+
+
+class _PassedDescriptor:
+    def __init__(self, index):
+        self.index = index
+
+    def detach(self):
+        return _Passed.received[self.index]
+
+
+class _WrongContext(TypeError):
+    pass
 
 
 def _recipe_parts(recipe):
@@ -4185,7 +4286,7 @@ class _Pool:
             for call, error in refused:
                 _settle_unbegun(call.future, _ERROR, error)
             # Looked at again after the release: who gave a place back meanwhile left it to us.
-            if not self._has_room():
+            if not self.backlog or not self._has_room():
                 return
 
     def _place_one(self, refused):
@@ -4369,6 +4470,16 @@ class _Pool:
             warnings.warn(f"{alive} workers of {self.name} go on although it was stopped: a thread cannot be killed",
                           ResourceWarning, stacklevel=4)
 
+    def abandon(self):
+        """Be of no use in a forked child: its workers are the parent's. Nobody waits here, no lock is sure."""
+        self.is_stopped = True
+        self.closed = f"{self.name} belongs to the parent of this process: os.fork does not copy its workers"
+        for call in list(self.calls):
+            outcome = _ERROR, RuntimeError(self.closed)
+            gate = call.future.__dict__.setdefault("_gate", outcome)
+            if gate is not outcome and type(gate) is _Gate:
+                gate.outcome = outcome
+
     # Looking inside
 
     def stats(self):
@@ -4406,7 +4517,18 @@ def _finish_all():
     _run(_settled_of({backend.ended for backend in backends}, ALL_COMPLETED), _GRACE)
 
 
+def _abandon_all():
+    """Make the parent's handles and futures say, in a forked child, that they are the parent's."""
+    global _pools, _reader_lock
+    pools, _pools, _reader_lock = list(_pools), weakref.WeakSet(), threading.RLock()
+    _readers.clear()
+    for pool in pools:
+        pool.abandon()
+
+
 threading._register_atexit(_finish_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 # === Handles ===
