@@ -47,6 +47,7 @@ import concurrent.futures
 import contextvars
 import enum
 import functools
+import heapq
 import itertools
 import logging
 import os
@@ -336,11 +337,18 @@ class _Here(threading.local):
     recipe = None               # in the fork method: how a worker finds what its parent had in hand
     passed = None               # descriptors that go along with what this thread pickles
     is_loading = False          # a worker process loads what its parent sent
-    turn = None                 # how the reader thread waits (it must not just sleep)
+    reader = None               # on the reader's thread: the reader
 
 
 _here = _Here()
 _calling = contextvars.ContextVar("concurry_calling", default=None)     # the call this code is part of
+
+
+def _held_lock():
+    """Return a lock to sleep on, until whoever has what is waited for releases it."""
+    lock = threading.Lock() if _here.reader is None else _RingingLock(_here.reader)
+    lock.acquire()
+    return lock
 
 
 def _sleep_on(lock, timeout):
@@ -349,8 +357,8 @@ def _sleep_on(lock, timeout):
     The one place where a thread waits for a worker. The thread that brings the processes' answers
     goes on bringing them while it waits: what it waits for may be among them.
     """
-    if _here.turn is not None:
-        return _here.turn(lock, timeout)
+    if _here.reader is not None:
+        return _here.reader.wait(lock, timeout)
     if timeout is None:
         return lock.acquire()
     return lock.acquire(True, min(max(timeout, 0), threading.TIMEOUT_MAX))
@@ -482,8 +490,7 @@ class BaseFuture(concurrent.futures.Future):
     def _wait(self, timeout):
         """Sleep until the outcome is there, and return it."""
         if timeout is None or timeout > 0:
-            lock = threading.Lock()
-            lock.acquire()
+            lock = _held_lock()
             waker = functools.partial(_release, lock)
             _attend(self, "_wakers", waker)
             try:
@@ -693,8 +700,7 @@ class _Watch:
         self.finished = collections.deque()
         self.until = until                  # a predicate: one such future is enough
         self.missing = itertools.count(enough - 1, -1)
-        self.lock = threading.Lock()        # held while there is nothing to wake for
-        self.lock.acquire()
+        self.lock = _held_lock()            # while there is nothing to wake for
         self.wake_loop = None
         self.then = then                    # called once, by the future that is enough
         self.futures = futures
@@ -3327,7 +3333,7 @@ def _shared_function(number):
 def _worker_main(connection):
     """Live as a worker process: the recipe comes first, then calls, until the parent hangs up."""
     _load_wire()
-    _here.__dict__.update(is_ours=True, turn=None, callbacks=0, sync_calls=())
+    _here.__dict__.update(is_ours=True, reader=None, callbacks=0, sync_calls=())
     recipe, _here.recipe = _here.recipe, None       # set by the parent before a fork, which inherits it
     if recipe is not None:
         _be_forked()
@@ -3439,6 +3445,19 @@ def _outcome_here(runner, method, args, kwargs):
 
 # The parent's side
 
+class _RingingLock:
+    """A lock that the reader waits for: its release is heard by a thread that listens to sockets."""
+
+    def __init__(self, reader):
+        self._lock = threading.Lock()
+        self._reader = reader
+        self.acquire = self._lock.acquire
+
+    def release(self):
+        self._lock.release()
+        self._reader.post(int)
+
+
 class _Reader:
     """The thread that hears all worker processes: answers, deaths, sockets that take more again.
 
@@ -3472,7 +3491,6 @@ class _Reader:
 
     def later(self, seconds, function):
         """Call a function after some time; on this thread only."""
-        import heapq
         heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), function))
 
     def watch(self, file, events, function):
@@ -3482,13 +3500,16 @@ class _Reader:
     def forget(self, file):
         self.selector.unregister(file)
 
-    def turn(self, lock, timeout):
+    def wait(self, lock, timeout):
         """Wait for a lock on this thread: go on with the work until it is free."""
         deadline = _deadline(timeout)
         while not lock.acquire(False):
-            if deadline is not None and _left(deadline) == 0:
+            if self.todo:
+                self._do_next()
+            elif deadline is not None and _left(deadline) == 0:
                 return False
-            self._step(_left(deadline))
+            else:
+                self._listen(_left(deadline))
         return True
 
     def _answer_bell(self, events):
@@ -3497,10 +3518,13 @@ class _Reader:
 
     def _main(self):
         _here.is_ours = True
-        _here.turn = self.turn
+        _here.reader = self
         try:
             while not self._has_ended():
-                self._step(None)
+                if self.todo:
+                    self._do_next()
+                else:
+                    self._listen(None)
         except BaseException as error:
             logger.exception("the reader of the worker processes failed; all their calls fail")
             _reader_failed(self, error)
@@ -3516,18 +3540,16 @@ class _Reader:
             _readers.pop(os.getpid(), None)
             return True
 
-    def _step(self, timeout):
-        """Do what there is to do; else wait for more. A step may be made in the middle of another."""
-        while self.todo:
-            function, args = self.todo.popleft()
-            function(*args)
-            if timeout is not None:         # somebody waits in this thread: look whether it is over
-                return
-        timeout = min((t for t in (timeout, self._until_timer()) if t is not None), default=None)
-        for key, events in self.selector.select(timeout):
+    def _do_next(self):
+        function, args = self.todo.popleft()
+        function(*args)
+
+    def _listen(self, timeout):
+        """Wait for something to do, at most `timeout` seconds."""
+        spans = [span for span in (timeout, self._until_timer()) if span is not None]
+        for key, events in self.selector.select(min(spans, default=None)):
             self.todo.append((key.data, (events,)))
-        import heapq
-        while self.timers and self.timers[0][0] <= time.monotonic():
+        while self.timers and self._until_timer() == 0:
             self.todo.append((heapq.heappop(self.timers)[2], ()))
 
     def _until_timer(self):
@@ -4260,9 +4282,7 @@ class _Pool:
         """Sleep until the call has been placed or settled, where this thread may sleep."""
         if _must_not_block() or self.placer == threading.get_ident():
             return
-        gate = threading.Lock()
-        gate.acquire()
-        call.gate = gate
+        gate = call.gate = _held_lock()
         try:
             if call.backend is None and not call.future.done() and not _sleep_on(gate, _left(deadline)):
                 raise _timeout("no place in the queue became free in time")
