@@ -551,7 +551,7 @@ def _settle(future, kind, value):
     # Places and counters first: a waiter that submits at once must not find the queue still full.
     call = state.pop("_call", None)
     if call is not None:
-        call.end()
+        call.pool.leave(call)
     outcome = (kind, value)
     gate = state.setdefault("_gate", outcome)
     if gate is not outcome and not (type(gate) is _Gate and _settle_under(gate, future, outcome)):
@@ -1007,8 +1007,12 @@ def _elements(container):
 
 def _may_hold_futures(args, kwargs):
     """Tell quickly that there is nothing to look into."""
-    kinds = {*map(type, args), *map(type, kwargs.values())} - _PLAIN
-    return bool(kinds) and any(_is_container_type(kind) or _is_future_type(kind) for kind in kinds)
+    for x in args:
+        if type(x) not in _PLAIN:
+            break
+    else:
+        return bool(kwargs) and not _PLAIN.issuperset(map(type, kwargs.values()))
+    return True
 
 
 class _Nested:
@@ -1196,8 +1200,13 @@ _BALANCERS = {
 class _Call:
     """A method and its arguments on the way to a worker, and the future of what comes of it."""
 
-    __slots__ = ("pool", "future", "method", "args", "kwargs", "context", "backend", "gate", "message",
-                 "shared", "task", "watch", "is_late")
+    backend = None              # where it was placed
+    gate = None                 # a lock that the thread which submits it sleeps on
+    message = None              # where it goes to a process: the parts of its message ...
+    shared = None               # ... and the function that has to be there first
+    task = None                 # the asyncio task that carries it out
+    watch = None                # while it waits for futures among its arguments
+    is_late = False             # it had to wait for them
 
     def __init__(self, pool, future, method, args, kwargs):
         self.pool = pool
@@ -1206,18 +1215,6 @@ class _Call:
         self.args = args
         self.kwargs = kwargs
         self.context = contextvars.copy_context()
-        self.backend = None         # where it was placed
-        self.gate = None            # a lock that the thread which submits it sleeps on
-        self.message = None         # where it goes to a process: the parts of its message ...
-        self.shared = None          # ... and the function that has to be there first
-        self.task = None            # the asyncio task that carries it out
-        self.watch = None           # while it waits for futures among its arguments
-        self.is_late = False        # it had to wait for them
-
-    def end(self):
-        """Give back the place in the queue: the call is settled, or about to be."""
-        self.args = self.kwargs = self.message = None
-        self.pool.leave(self)
 
     def interrupt(self):
         """Stop the call though it runs, where that is possible; tell whether it is."""
@@ -1299,7 +1296,7 @@ class _Runner:
 
     def outcome(self, method, args, kwargs):
         """Carry out a call in this thread, a coroutine to its end; return (kind, value)."""
-        outcome = self.attempt(method, args, kwargs)
+        outcome = _attempt(getattr(self.target, method), args, kwargs)
         return self._complete(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
 
     async def outcome_async(self, method, args, kwargs):
@@ -1587,6 +1584,7 @@ class _AsyncioBackend(_Backend):
 
     def start(self):
         self.inbox = collections.deque()        # for the loop
+        self.is_over = False
         self.is_woken = False                   # the loop knows that there is something in it
         self.plain = queue.SimpleQueue()        # for the companion
         self.thread = threading.Thread(target=self._main, name=self.name, daemon=True)
@@ -1633,7 +1631,7 @@ class _AsyncioBackend(_Backend):
         while self.inbox:
             call = self.inbox.popleft()
             if call is None:
-                self.loop.stop()
+                self._stop()
             elif call.future._begin():
                 self._start(call, self.runner.outcome_async(call.method, call.args, call.kwargs))
 
@@ -1652,24 +1650,24 @@ class _AsyncioBackend(_Backend):
         _here.is_ours = True
         self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
-        if self.loop.run_until_complete(self._build_on_loop()):
-            while not self._has_run():
-                pass
+        self.loop.create_task(self._build_on_loop())
+        while not self.is_over:
+            try:
+                self.loop.run_forever()
+            except BaseException:       # a SystemExit in a task of the user's own
+                logger.exception("exception on the event loop of %s; the loop goes on", self.name)
+        if self.runner is not None:
             self.runner.close()
         _close_loop(self.loop)
         _settle(self.ended, _RESULT, None)
 
     async def _build_on_loop(self):
-        return self._build(self.loop)
+        if not self._build(self.loop):
+            self._stop()
 
-    def _has_run(self):
-        """Run the loop; tell whether it was stopped, and not broken by a SystemExit in a user's task."""
-        try:
-            self.loop.run_forever()
-            return True
-        except BaseException:
-            logger.exception("exception on the event loop of %s; the loop goes on", self.name)
-            return False
+    def _stop(self):
+        self.is_over = True
+        self.loop.stop()
 
     def _main_beside(self):
         _here.is_ours = True
@@ -3412,8 +3410,7 @@ class _Unloadable:
 
 def _answer(runner, data, buffers):
     """Carry out a call; return the kind and the content of the answer."""
-    import pickle
-    method = "a call"
+    pickle = _pickle()
     try:
         method, args, kwargs = _load(data, buffers)
     except BaseException as error:
@@ -3534,6 +3531,8 @@ class _Reader:
             self.rope.close()
 
     def _has_ended(self):
+        if self.backends:
+            return False
         with _reader_lock:
             if self.backends or self.todo:
                 return False
@@ -3546,14 +3545,15 @@ class _Reader:
 
     def _listen(self, timeout):
         """Wait for something to do, at most `timeout` seconds."""
-        spans = [span for span in (timeout, self._until_timer()) if span is not None]
-        for key, events in self.selector.select(min(spans, default=None)):
-            self.todo.append((key.data, (events,)))
+        if self.timers:
+            timeout = self._until_timer() if timeout is None else min(timeout, self._until_timer())
+        for key, events in self.selector.select(timeout):
+            key.data(events)
         while self.timers and self._until_timer() == 0:
             self.todo.append((heapq.heappop(self.timers)[2], ()))
 
     def _until_timer(self):
-        return max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else None
+        return max(0.0, self.timers[0][0] - time.monotonic())
 
 
 _readers = {}                   # by process id: a forked child needs its own
@@ -4045,14 +4045,13 @@ def _recipe_parts(recipe):
 
 def _settle_answer(call, kind, data, buffers):
     """Settle a call with what its worker has answered."""
-    import pickle
     if kind == _RAISED:
         outcome = _ERROR, _load_error(data, buffers)
     else:
         try:
             outcome = _RESULT, _loads(data, buffers)
         except BaseException as cause:
-            error = pickle.PicklingError(f"cannot load the result of {call.method}(): {type(cause).__name__}: {cause}")
+            error = _pickle().PicklingError(f"cannot load the result of {call.method}(): {type(cause).__name__}: {cause}")
             error.__cause__ = cause
             outcome = _ERROR, error
     _settle(call.future, *outcome)
@@ -4172,6 +4171,7 @@ class _Pool:
         self.recipe = recipe
         self.options = options
         self.name = recipe.cls.__name__
+        self.bound = recipe.bound
         self.room = options.room
         self.balancer = _BALANCERS[options.load_balancing]()
         self.kind = _BACKENDS[options.mode, options.on_demand]
@@ -4218,13 +4218,12 @@ class _Pool:
         Raises RuntimeError when no call is taken any more, TimeoutError at the deadline.
         """
         future = BaseFuture()
-        call = _Call(self, future, method, args, kwargs)
-        future.__dict__["_call"] = call
+        call = future.__dict__["_call"] = _Call(self, future, method, args, kwargs)
         self.calls[call] = None
         if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
             future.cancel()
             raise RuntimeError(self.closed or "cannot submit: the interpreter is exiting")
-        if self.options.unwrap_futures and _may_hold_futures(args, kwargs):
+        if _may_hold_futures(args, kwargs) and self.options.unwrap_futures:
             nested = _Nested([args, kwargs])
             if nested.futures:
                 self._await_dependencies(call, nested)
@@ -4232,7 +4231,7 @@ class _Pool:
         if self.kind.prepares and not self.kind.prepare(call):
             return future
         self.enqueue(call)
-        if call.backend is None and not self.options.on_demand and not future.done():
+        if call.backend is None:
             self._wait_for_place(call, deadline)
         return future
 
@@ -4273,14 +4272,13 @@ class _Pool:
         """Have a call that is ready carried out in its turn."""
         if self.kind.runs_inline:
             self._assign(call, self.backends[0])
-            call.backend.submit(call)
         else:
             self.backlog.append(call)
             self.place()
 
     def _wait_for_place(self, call, deadline):
         """Sleep until the call has been placed or settled, where this thread may sleep."""
-        if _must_not_block() or self.placer == threading.get_ident():
+        if self.options.on_demand or self.placer == threading.get_ident() or _must_not_block():
             return
         gate = call.gate = _held_lock()
         try:
@@ -4296,46 +4294,45 @@ class _Pool:
         """Give what is in the backlog to workers that have room."""
         while self.backlog and self.placing.acquire(False):
             self.placer = threading.get_ident()
-            refused = []
             try:
-                while self.backlog and self._place_one(refused):
-                    pass
+                refused = self._place_all()
             finally:
                 self.placer = None
                 self.placing.release()
             for call, error in refused:
                 _settle_unbegun(call.future, _ERROR, error)
             # Looked at again after the release: who gave a place back meanwhile left it to us.
-            if not self.backlog or not self._has_room():
+            if not (self.backlog and any(len(backend.calls) < self.room for backend in self.backends)):
                 return
 
-    def _place_one(self, refused):
-        """Place the first call of the backlog; return False if no worker has room for it."""
-        if self.backlog[0].future.done():
-            self.backlog.popleft()
-            return True
-        try:
-            backend = self._choose()
-        except Exception as error:          # there is no worker, and none can be made
-            refused.append((self.backlog.popleft(), error))
-            return True
-        if backend is None:
-            return False
-        call = self.backlog.popleft()
-        if self._assign(call, backend):
-            backend.submit(call)
-            call.open_gate()
-        return True
+    def _place_all(self):
+        """Place calls while there is room; return those that nobody will ever take, with the reason."""
+        backlog, refused = self.backlog, []
+        while backlog:
+            call = backlog[0]
+            if call in self.calls:          # it is not settled yet
+                try:
+                    backend = self._choose()
+                except Exception as error:
+                    refused.append((call, error))
+                else:
+                    if backend is None:
+                        break
+                    self._assign(call, backend)
+            backlog.popleft()
+        return refused
 
     def _assign(self, call, backend):
         call.backend = backend
         backend.calls[call] = None
         if call not in self.calls:      # settled since: who did that may not have seen the backend
             backend.calls.pop(call, None)
-            return False
+            return
         backend.total += 1
         self.dispatched += 1
-        return True
+        backend.submit(call)
+        if call.gate is not None:
+            call.open_gate()
 
     def _choose(self):
         backends = self.backends
@@ -4357,24 +4354,21 @@ class _Pool:
         self.backends = [*self.backends, backend]
         return backend
 
-    def _has_room(self):
-        return (self.options.on_demand and len(self.backends) < self.options.max_workers
-                or self.broken is not None
-                or any(len(backend.calls) < self.room for backend in self.backends))
-
     def leave(self, call):
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
         self.calls.pop(call, None)
+        call.args = call.kwargs = call.message = None
         backend = call.backend
         if backend is not None:
             backend.calls.pop(call, None)
-        call.open_gate()
+            if self.options.on_demand and not backend.calls:
+                backend.rest()
+        if call.gate is not None:
+            call.open_gate()
         if call.watch is not None:
             call.watch.leave()
         if self.backlog:
             self.place()
-        if backend is not None and self.options.on_demand and not backend.calls:
-            backend.rest()
         if self.is_finishing and not self.calls:
             self._finish()
 
@@ -4686,23 +4680,19 @@ def _handle_type(cls):
 class _TaskHandle(_Handle, concurrent.futures.Executor):
     """The handle of a TaskWorker: a concurrent.futures.Executor, or a function if one is bound."""
 
-    @property
-    def _bound(self):
-        return self._pool.recipe.bound
-
     def submit(self, /, *args, **kwargs):
         """Call `fn(*args, **kwargs)` in a worker; return its future (its result when blocking).
 
         `submit(fn, ...)`, or `submit(...)` when a function is bound.
         """
-        if self._bound is not None:
+        if self._pool.bound is not None:
             return self._call("__call__", args, kwargs)
         if not args or not callable(args[0]):
             raise TypeError(f"submit() needs a function first{f', not {args[0]!r}' if args else ''}")
         return self._call("submit", args, kwargs)
 
     def __call__(self, /, *args, **kwargs):
-        if self._bound is None:
+        if self._pool.bound is None:
             raise TypeError("no function is bound to this worker: use submit(fn, ...), or init(fn=...)")
         return self._call("__call__", args, kwargs)
 
@@ -4718,7 +4708,7 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
         buffersize: at most so many items are in flight, and the input is read as results are taken;
             None: all items are submitted now.
         """
-        fn = self._bound
+        fn = self._pool.bound
         if fn is None:
             if not args or not callable(args[0]):
                 raise TypeError(f"map() needs a function first{f', not {args[0]!r}' if args else ''}")
@@ -4726,9 +4716,9 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
         _parse("chunksize", chunksize, {"chunksize": _whole(1, none=False)})
         _parse("buffersize", buffersize, {"buffersize": _whole(1)})
         items = zip(*args)
-        if self._bound is not None and len(args) == 1 and not _takes_one(fn):
+        if self._pool.bound is not None and len(args) == 1 and not _takes_one(fn):
             items = (item[0] if isinstance(item[0], tuple) else item for item in items)
-        return _Map(self._pool, None if fn is self._bound else self._pool.kind.shared(fn), items,
+        return _Map(self._pool, None if fn is self._pool.bound else self._pool.kind.shared(fn), items,
                     timeout, chunksize, buffersize).results()
 
 
@@ -4798,7 +4788,7 @@ class _Map:
                 if self.chunksize == 1:
                     yield result
                 else:
-                    yield from _unpacked(result)
+                    yield from result
                 del result
         finally:
             self.cancel()
@@ -4810,36 +4800,37 @@ class _Map:
         self.flying.clear()
 
 
-class _Outcomes(list):
-    """The (kind, value) of each item of a chunk; errors travel in a form of their own."""
+class _Outcomes:
+    """What a chunk came to: the values, and by index the errors, which travel in a form of their own."""
+
+    def __init__(self, values, errors):
+        self.values, self.errors = values, errors
+
+    def __iter__(self):
+        """Yield the values; raise the error where there is one. The chunk is used up by it."""
+        if not self.errors:
+            yield from self.values
+            return
+        for n, value in enumerate(self.values):
+            if n in self.errors:
+                raise self.errors.pop(n)
+            yield value
 
     def __reduce__(self):
-        return _unpack_outcomes, ([(kind, value if kind is _RESULT else _dump_error(value)) for kind, value in self],)
+        return _load_outcomes, (self.values, {n: _dump_error(error) for n, error in self.errors.items()})
 
     def each_apart(self):
-        """Return the same with an error for each result that does not travel."""
-        return _Outcomes(map(_portable_outcome, self))
+        """Replace each value that does not travel by the error that says so."""
+        for n, value in enumerate(self.values):
+            try:
+                _dumps(value, lambda value=value: ({"result": value},))
+            except Exception as error:
+                self.errors[n], self.values[n] = error, None
+        return self
 
 
-def _portable_outcome(outcome):
-    kind, value = outcome
-    try:
-        if kind is _RESULT:
-            _dumps(value, lambda: ({"result": value},))
-    except Exception as error:
-        return _ERROR, error
-    return outcome
-
-
-def _unpack_outcomes(outcomes):
-    return [(_RESULT, value) if kind == _RESULT else (_ERROR, _load_error(*value)) for kind, value in outcomes]
-
-
-def _unpacked(outcomes):
-    for kind, value in outcomes:
-        if kind is not _RESULT:
-            raise value
-        yield value
+def _load_outcomes(values, errors):
+    return _Outcomes(values, {n: _load_error(*error) for n, error in errors.items()})
 
 
 # === Workers ===
@@ -5010,14 +5001,27 @@ class TaskWorker(Worker):
         return self._fn(*args, **kwargs)
 
     def _chunk(self, fn, items):
-        """Call the function with each item; return their (kind, value)."""
-        call = self if fn is None else functools.partial(self.submit, fn)
-        if _is_async(self._fn if fn is None else fn):
-            return self._chunk_async(call, items)
-        return _Outcomes(_attempt(call, item, {}) for item in items)
+        """Call the function with each item; what one raises is that item's alone."""
+        if fn is None:
+            fn = self._fn if self._wants_limits is None else self
+        values, errors = [], {}
+        if _is_async(fn):
+            return self._chunk_async(fn, items, values, errors)
+        for item in items:
+            try:
+                values.append(fn(*item))
+            except BaseException as error:
+                errors[len(values)] = _without_our_frame(error)
+                values.append(None)
+        return _Outcomes(values, errors)
 
-    async def _chunk_async(self, call, items):
-        return _Outcomes([await _captured(call(*item)) for item in items])
+    async def _chunk_async(self, fn, items, values, errors):
+        for item in items:
+            kind, value = await _captured(fn(*item))
+            if kind is _ERROR:
+                errors[len(values)] = value
+            values.append(None if kind is _ERROR else value)
+        return _Outcomes(values, errors)
 
     def _is_async(self, call):
         """Tell whether this call of a function gives a coroutine."""
