@@ -1341,11 +1341,11 @@ class _Runner:
         try:
             return loop.run_until_complete(_captured(coroutine))
         finally:
+            if loop is not self._loop:
+                _close_loop(loop)
             asyncio._set_running_loop(outer)
             if task:
                 asyncio.tasks._enter_task(outer, task)
-            if loop is not self._loop:
-                _close_loop(loop)
 
 
 async def _captured(coroutine):
@@ -1376,7 +1376,10 @@ def _carry_out(runner, call):
 
 def _outcome_inside(runner, call):
     _calling.set(call)
-    return runner.outcome(call.method, call.args, call.kwargs)
+    try:
+        return runner.outcome(call.method, call.args, call.kwargs)
+    except BaseException as error:      # of the event loop itself
+        return _ERROR, error
 
 
 # === Backends: sync, thread, asyncio ===
@@ -1391,6 +1394,7 @@ class _Backend:
     runs_inline = False             # `submit` runs the call: not to be called while placing
     prepares = False                # calls are pickled when they are submitted
     can_be_killed = True
+    is_spent = False                # it was made for one call and has had it
 
     @staticmethod
     def set_up(recipe, options):
@@ -1471,6 +1475,9 @@ class _SyncBackend(_Backend):
     runs_inline = True
 
     def start(self):
+        self.inside = {}                # the calls being carried out
+        self.is_over = False
+        self.once = itertools.count()
         self._build()
 
     def submit(self, call):
@@ -1483,16 +1490,26 @@ class _SyncBackend(_Backend):
             raise value
 
     def _run(self, call):
+        self.inside[call] = None
         _here.sync_calls += (call,)
         try:
             _carry_out(self.runner, call)
         finally:
             _here.sync_calls = _here.sync_calls[:-1]
+            del self.inside[call]
+            if self.is_over:
+                self._close()
 
     def finish(self):
-        if self.runner is not None:
-            self.runner.close()
-        _settle(self.ended, _RESULT, None)
+        self.is_over = True
+        self._close()
+
+    def _close(self):
+        """Close the runner, once, when no call is inside: it may be a call that ends its own worker."""
+        if not self.inside and next(self.once) == 0:
+            if self.runner is not None:
+                self.runner.close()
+            _settle(self.ended, _RESULT, None)
 
     def is_here(self):
         return any(call.backend is self for call in _here.sync_calls)
@@ -1659,6 +1676,7 @@ class _AsyncioBackend(_Backend):
         if self.runner is not None:
             self.runner.close()
         _close_loop(self.loop)
+        self.companion.join()
         _settle(self.ended, _RESULT, None)
 
     async def _build_on_loop(self):
@@ -2750,11 +2768,16 @@ class _Process:
         self._lock = threading.Lock()
         self._exitcode = None
         self._is_reaped = False
-        self.sentinel = _open_sentinel(pid, link)
+        try:
+            self.sentinel = _open_sentinel(pid, link)
+        except OSError:
+            os.kill(pid, 9)     # not reaped yet, so the number is still its own
+            reap(pid)
+            raise
         _own(self)
 
     def kill(self, number=9):
-        """Send a signal; do nothing when the death has been seen already."""
+        """Send a signal, KILL if not told otherwise; do nothing when the death has been seen already."""
         if not self._is_reaped and self.sentinel is not None:
             try:
                 _send_signal(self, number)
@@ -2803,15 +2826,11 @@ def _launch(method, connection, main):
     try:
         # Copies, for the fork method's child closes what is owned, and from 3 on, for where
         # the standard streams are closed a socket may have got one of their numbers.
-        copies = _own_pidfd()
-        copies[:0] = map(_copy_descriptor, (connection.fileno(), far.fileno()))
+        for resource in connection, far:
+            copies.append(_copy_descriptor(resource))
+        copies += _own_pidfd()
         pid, reap = _START[method](main.__name__, *copies)
-        try:
-            return _Process(pid, link, reap)
-        except BaseException:
-            os.kill(pid, 9)     # not reaped yet, so the number is still its own
-            reap(pid)
-            raise
+        return _Process(pid, link, reap)
     except BaseException:
         link.close()
         raise
@@ -2821,14 +2840,18 @@ def _launch(method, connection, main):
             os.close(descriptor)
 
 
-def _copy_descriptor(descriptor):
+def _copy_descriptor(resource):
     import fcntl
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    return fcntl.fcntl(resource, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def _launch_by_server(main, *descriptors):
     server = _fork_servers.get()
-    return server.ask(main, *descriptors), server.reap
+    try:
+        return server.ask(main, *descriptors), server.reap
+    except ConnectionError:
+        _fork_servers.drop_dead(timeout=0.1)     # its end may come just after the end of file
+        raise
 
 
 def _launch_by_spawn(main, *descriptors):
@@ -2903,8 +2926,8 @@ class _ForkServer(_Process):
         link.settimeout(_START_TIMEOUT)
         descriptors = []
         try:
-            descriptors = _own_pidfd()
-            descriptors.insert(0, _copy_descriptor(far.fileno()))
+            descriptors.append(_copy_descriptor(far))
+            descriptors += _own_pidfd()
             super().__init__(_start_interpreter("_serve_forks", descriptors), link, _reap_child)
         except BaseException:
             link.close()        # a server that has started ends by this
@@ -2916,13 +2939,13 @@ class _ForkServer(_Process):
 
     def ask(self, request, *descriptors):
         """Return the server's answer, a pid or a wait status; raise its OSError."""
-        import socket
+        import errno, socket
         answer, far = _socket_pair()
         with answer, far:
             answer.settimeout(_START_TIMEOUT)
             socket.send_fds(self.link, [request.encode()], [far.fileno(), *descriptors])
             far.close()
-            number = int(answer.recv(32) or -104)   # ECONNRESET
+            number = int(answer.recv(32) or -errno.ECONNRESET)
         if number < 0:
             raise OSError(-number, os.strerror(-number), "fork server")
         return number
@@ -2948,8 +2971,7 @@ class _ForkServers:
 
     def get(self):
         with self._lock:
-            if self._server and _readable(self._server.sentinel, timeout=0):
-                self.close()
+            self.drop_dead()
             if not self._server:
                 server = _ForkServer()
                 if self._server:
@@ -2957,6 +2979,11 @@ class _ForkServers:
                 else:
                     self._server = server
             return self._server
+
+    def drop_dead(self, timeout=0):
+        with self._lock:
+            if self._server and _readable(self._server.sentinel, timeout=timeout):
+                self.close()
 
     def close(self):
         """End the server, if there is one, and wait for its end."""
@@ -2976,6 +3003,7 @@ def _serve_forks(control, *parent):
     """Fork and reap workers as asked, until the parent is gone; then kill those left."""
     import gc, socket
     control = _own(socket.socket(fileno=control))
+    keep = [_own(open(pidfd, "rb", 0)) for pidfd in parent]  # a worker has its own
     children = set()
     gc.collect()
     gc.freeze()                 # a collection in a worker would unshare the memory
@@ -2985,9 +3013,8 @@ def _serve_forks(control, *parent):
             request, descriptors, flags, _ = socket.recv_fds(control, 256, 8)
             if not request:
                 break
-            if flags & socket.MSG_CTRUNC:       # some descriptors were lost on their way
-                request = b""
-            _answer_request(request.decode(), children, descriptors)
+            is_whole = not flags & socket.MSG_CTRUNC    # else descriptors were lost on their way
+            _answer_request(is_whole and request.decode(), children, descriptors)
     finally:
         # They see the parent's death themselves, but for one: in C code that holds the GIL
         # while some child that the user forked keeps the link open.
@@ -2998,7 +3025,7 @@ def _serve_forks(control, *parent):
 
 def _answer_request(request, children, descriptors):
     try:
-        number = _fork_or_reap(request, children, *descriptors) if request else -24     # EMFILE
+        number = _fork_or_reap(request, children, *descriptors)
     except OSError as error:
         number = -error.errno
     try:
@@ -3009,12 +3036,13 @@ def _answer_request(request, children, descriptors):
         os.close(descriptor)
 
 
-def _fork_or_reap(request, children, answer, *descriptors):
+def _fork_or_reap(request, children, answer=None, *descriptors):
+    import errno
+    if not request:
+        raise OSError(errno.EMFILE, "no descriptors")
     if request.isdigit():
         children.discard(int(request))
         return _reap_child(int(request))
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
     pid = _fork_worker(functools.partial(os.close, answer), request, *descriptors)
     children.add(pid)
     return pid
@@ -3026,10 +3054,7 @@ def _begin_interpreter(function, arguments):
     """Begin a bare interpreter's life: the first thing that it calls in this module."""
     for module in _PRELOAD.split():
         __import__(module)
-    spare = 0
-    while spare < 3:            # a socket must never become the standard output of programs
-        spare = os.open(os.devnull, os.O_RDWR)
-    os.close(spare)
+    _fill_standard_streams()
     parent_name = __name__.rpartition(".")[0]
     if parent_name and parent_name not in sys.modules:
         sys.meta_path.insert(0, _LoadedModule(sys.modules.pop(__name__)))
@@ -3037,6 +3062,14 @@ def _begin_interpreter(function, arguments):
     sys.argv[:] = [""]
     _reset_signals()
     globals()[function](*(int(word) if word.isdigit() else word for word in arguments))
+
+
+def _fill_standard_streams():
+    """Open those that are closed: no socket may become the standard output of programs."""
+    spare = 0
+    while spare < 3:
+        spare = os.open(os.devnull, os.O_RDWR)
+    os.close(spare)
 
 
 class _LoadedModule:
@@ -3081,10 +3114,10 @@ def _forget_parent():
     atexit._clear()
     atexit.register(_close_server)
     _reset_signals()
+    _fill_standard_streams()
     stdin = os.open(os.devnull, os.O_RDONLY)
     os.dup2(stdin, 0)
-    if stdin:
-        os.close(stdin)
+    os.close(stdin)
     sys.stdin = open(0, closefd=False)
     if "multiprocessing.util" in sys.modules:
         _forget_multiprocessing(sys.modules["multiprocessing.util"])
@@ -3105,9 +3138,12 @@ def _run_worker(main, connection, link, *parent, prepare=None):
     try:
         if prepare:
             prepare()
+        for descriptor in (connection, link, *parent):
+            os.set_inheritable(descriptor, False)
         _watch_parent(_own(socket.socket(fileno=link)),
                      *(_own(open(pidfd, "rb", 0)) for pidfd in parent))
-        globals()[main](_own(socket.socket(fileno=connection)))
+        with _own(socket.socket(fileno=connection)) as worker_end:
+            globals()[main](worker_end)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -3127,8 +3163,6 @@ def _end_process(code):
 
 def _watch_parent(*resources):
     """Kill this process when the parent dies, or has died already."""
-    for resource in resources:
-        os.set_inheritable(resource.fileno(), False)
     _kill_on_hangup(resources[0].fileno())
     threading.Thread(target=_follow_parent, args=resources, name="parent watcher", daemon=True).start()
 
@@ -3161,7 +3195,7 @@ _SIZE = struct.Struct("<Q")             # of a buffer, times two, plus one if it
 # Kinds of message: to the worker ...
 _PLACE, _RECIPE, _SHARED, _FORGET, _VALUES, _CALL = range(6)
 # ... and from it.
-_BUILT, _NOT_BUILT, _RETURNED, _RAISED = range(6, 10)
+_BUILT, _NOT_BUILT, _RETURNED, _RAISED, _NOT_LOADED = range(6, 11)
 
 
 def _message(kind, portable, took=0):
@@ -3265,7 +3299,7 @@ class _Inbox:
     def _take_apart(self):
         while True:
             kind, count, took, size = _HEADER.unpack((yield _HEADER.size))
-            if kind > _RAISED:
+            if kind > _NOT_LOADED:
                 raise ValueError(f"a message of unknown kind {kind}")
             sizes = []
             for _ in range(count):
@@ -3352,6 +3386,7 @@ def _worker_main(connection):
                 _serve(connection, runner)
         finally:
             runner.close()
+            _finish_all()               # the pools of its own
     except EOFError:
         pass
 
@@ -3414,11 +3449,7 @@ def _answer(runner, data, buffers):
     try:
         method, args, kwargs = _load(data, buffers)
     except BaseException as error:
-        if not isinstance(error, _PoolWhileImporting):
-            cause, error = error, pickle.PicklingError(
-                f"the worker cannot load the arguments of a call: {type(error).__name__}: {error}")
-            error.__cause__ = cause
-        return _RAISED, _dump_error(error)
+        return _RAISED if isinstance(error, _PoolWhileImporting) else _NOT_LOADED, _dump_error(error)
     finally:
         _Place.values = ()
     kind, value = contextvars.Context().run(_outcome_here, runner, method, args, kwargs)
@@ -3776,7 +3807,7 @@ class _ProcessBackend(_Backend):
 
     def _take(self, link, kind, took, data, buffers):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
-        if kind in (_RETURNED, _RAISED):
+        if kind >= _RETURNED:
             call, _ = link.sent.popleft()
             link.has_begun = True
             self.failures = 0
@@ -3867,7 +3898,8 @@ class _ProcessBackend(_Backend):
         while link.sent and rest > 0:
             call, size = link.sent.pop()
             rest -= size
-            unbegun.appendleft(call)
+            if call in self.calls:
+                unbegun.appendleft(call)
         return [call for call, _ in link.sent], unbegun
 
     def _unwatch(self, link):
@@ -4045,35 +4077,41 @@ def _recipe_parts(recipe):
 
 def _settle_answer(call, kind, data, buffers):
     """Settle a call with what its worker has answered."""
-    if kind == _RAISED:
-        outcome = _ERROR, _load_error(data, buffers)
-    else:
+    if kind == _RETURNED:
         try:
             outcome = _RESULT, _loads(data, buffers)
-        except BaseException as cause:
-            error = _pickle().PicklingError(f"cannot load the result of {call.method}(): {type(cause).__name__}: {cause}")
-            error.__cause__ = cause
-            outcome = _ERROR, error
+        except BaseException as error:
+            outcome = _ERROR, _loading_error("result", call, error)
+    else:
+        error = _load_error(data, buffers)
+        outcome = _ERROR, error if kind == _RAISED else _loading_error("arguments", call, error)
     _settle(call.future, *outcome)
+
+
+def _loading_error(what, call, cause):
+    error = _pickle().PicklingError(f"cannot load the {what} of {call.method}(): {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 class _OnDemandProcessBackend(_ProcessBackend):
     """A process for one call; for a TaskWorker, which has no state, until it has been idle for a moment."""
 
-    def start(self):
-        self.idle_since = 0
-        super().start()
+    def submit(self, call):
+        self.is_spent = self.pool.recipe.cls is not TaskWorker
+        super().submit(call)
 
     def rest(self):
-        self.reader.post(self._rest)
+        self.reader.post(self._rest, self.total)
 
-    def _rest(self):
-        linger = self.pool.options.on_demand_linger if self.pool.recipe.cls is TaskWorker else 0
-        self.idle_since = since = self.total
-        self.reader.later(linger, lambda: self._leave(since))
+    def _rest(self, total):
+        if self.is_spent:
+            self._leave(total)
+        else:
+            self.reader.later(self.pool.options.on_demand_linger, lambda: self._leave(total))
 
-    def _leave(self, since):
-        if since == self.total and not self.is_finishing and self.pool.dismiss(self):
+    def _leave(self, total):
+        if total == self.total and not self.is_finishing and self.pool.dismiss(self):
             self.finish()
 
 
@@ -4196,16 +4234,22 @@ class _Pool:
         if self.options.on_demand:
             _pools.add(self)
             return
+        starts = []
         try:
             for index in range(self.options.max_workers):
                 backend = self.kind(self, index)
                 self.backends.append(backend)
-                backend.start()
+                try:
+                    backend.start()
+                except BaseException:
+                    self._remove(backend)       # there is nothing of it to end
+                    raise
+                starts.append(backend.started)
             _pools.add(self)
-            _run(_settled_of({backend.started for backend in self.backends}, FIRST_EXCEPTION), None)
-            for backend in self.backends:
-                if backend.started.done():
-                    backend.started.result()
+            _run(_settled_of(set(starts), FIRST_EXCEPTION), None)
+            for started in starts:
+                if started.done():
+                    started.result()
         except BaseException:
             self.stop(0)
             raise
@@ -4302,7 +4346,7 @@ class _Pool:
             for call, error in refused:
                 _settle_unbegun(call.future, _ERROR, error)
             # Looked at again after the release: who gave a place back meanwhile left it to us.
-            if not (self.backlog and any(len(backend.calls) < self.room for backend in self.backends)):
+            if not (self.backlog and any(len(backend.calls) < self.room for backend in self._usable())):
                 return
 
     def _place_all(self):
@@ -4335,17 +4379,23 @@ class _Pool:
             call.open_gate()
 
     def _choose(self):
-        backends = self.backends
         if self.broken is not None:
             raise self.broken
+        backends = self._usable()
         backend = self.balancer.choose(backends, self.room) if backends else None
-        if backend is None and self.options.on_demand and len(backends) < self.options.max_workers:
+        if backend is None and self.options.on_demand and len(self.backends) < self.options.max_workers:
             try:
                 backend = self._grow()
             except Exception:
-                if not backends:        # else the call waits for one of those
+                if not self.backends:       # else the call waits for one of those
                     raise
         return backend
+
+    def _usable(self):
+        """Return the workers that may get a call once they have room."""
+        if self.options.on_demand:
+            return [backend for backend in self.backends if not backend.is_spent]
+        return self.backends
 
     def _grow(self):
         taken = {backend.index for backend in self.backends}
@@ -4435,6 +4485,7 @@ class _Pool:
         self.finish()
         if wait and not self.is_stopped and not self._is_here():
             _run(self.until_ended(), None)
+            self.setup = None           # and the descriptors that it holds
 
     def _is_here(self):
         call = _calling.get()
@@ -4453,6 +4504,7 @@ class _Pool:
             return
         self.is_stopped = True
         self.close("it is stopped")
+        is_first = next(self.once) == 0
         timeout = self.options.stop_timeout if timeout is None else timeout
         deadline = _deadline(timeout)
         dropped = sum(_withdraw(call.future) for call in list(self.calls))
@@ -4466,7 +4518,7 @@ class _Pool:
         for backend in list(self.backends):
             if any(call in backend.calls for call in running):
                 backend.kill(error)
-            else:
+            elif is_first:
                 backend.finish()
         self._see_them_end(deadline, error)
 
@@ -4478,6 +4530,7 @@ class _Pool:
             ended[future].kill(error)
         late = {future for future in late if ended[future].can_be_killed}
         _run(_settled_of(late, ALL_COMPLETED), _GRACE + 0.05)
+        self.setup = None               # and the descriptors that it holds
         alive = sum(not future.done() for future in ended)
         if alive:
             import warnings
@@ -5235,6 +5288,7 @@ def _print_results(pool, names, keep_going):
 
 def main(argv=None):
     """Run the command line; return the exit status."""
+    logger.addHandler(logging.NullHandler())        # what happens to a line is told line by line
     parser, mapping = _arguments()
     chosen = parser.parse_args(argv)
     if chosen.expression is None and not chosen.names:
