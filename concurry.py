@@ -442,13 +442,13 @@ class BaseFuture(concurrent.futures.Future):
 
         A cancelled call that had not begun never runs, and its place in the queue is free at once.
         """
-        claim = self.__dict__.setdefault("_claim", _CANCELLED)
-        if claim is _RUNNING and not self.done():
-            call = self.__dict__.get("_call")
-            if call is None or not call.interrupt():
-                return False
-        if not self.done():
-            _settle(self, _CANCELLED, None)
+        if self.__dict__.setdefault("_claim", _CANCELLED) is not _RUNNING:
+            return _settle(self, _CANCELLED, None) or self.cancelled()
+        call = self.__dict__.get("_call")
+        interrupt = call and call.backend and call.backend.interruption(call)
+        # Settled before it is interrupted: what the coroutine ends with comes too late.
+        if interrupt and _settle(self, _CANCELLED, None):
+            interrupt()
         return self.cancelled()
 
     def result(self, timeout=None):
@@ -1216,10 +1216,6 @@ class _Call:
         self.kwargs = kwargs
         self.context = contextvars.copy_context()
 
-    def interrupt(self):
-        """Stop the call though it runs, where that is possible; tell whether it is."""
-        return self.backend is not None and self.backend.interrupt(self)
-
     def open_gate(self):
         gate, self.gate = self.gate, None
         if gate is not None:
@@ -1315,7 +1311,8 @@ class _Runner:
         try:
             self.target = None      # its __del__ runs now, if nobody else holds it
             if self._owns_loop and self._loop is not None:
-                _close_loop(self._loop)
+                with _OtherLoop():
+                    _close_loop(self._loop)
         except BaseException:
             logger.exception("exception while a worker was closed")
 
@@ -1333,19 +1330,30 @@ class _Runner:
         loop = self._own_loop()
         if loop.is_running():       # sync mode: by another thread, or by a call around this one
             loop = asyncio.new_event_loop()
-        outer = asyncio._get_running_loop()
-        task = outer and asyncio.current_task(outer)
-        if task:
-            asyncio.tasks._leave_task(outer, task)
+        with _OtherLoop():
+            try:
+                return loop.run_until_complete(_captured(coroutine))
+            finally:
+                if loop is not self._loop:
+                    _close_loop(loop)
+
+
+class _OtherLoop:
+    """Within it this thread may run an event loop, though it is in the middle of another one."""
+
+    def __enter__(self):
+        import asyncio
+        self.outer = asyncio._get_running_loop()
+        self.task = self.outer and asyncio.current_task(self.outer)
+        if self.task:
+            asyncio.tasks._leave_task(self.outer, self.task)
         asyncio._set_running_loop(None)
-        try:
-            return loop.run_until_complete(_captured(coroutine))
-        finally:
-            if loop is not self._loop:
-                _close_loop(loop)
-            asyncio._set_running_loop(outer)
-            if task:
-                asyncio.tasks._enter_task(outer, task)
+
+    def __exit__(self, *exc_info):
+        import asyncio
+        asyncio._set_running_loop(self.outer)
+        if self.task:
+            asyncio.tasks._enter_task(self.outer, self.task)
 
 
 async def _captured(coroutine):
@@ -1421,9 +1429,8 @@ class _Backend:
     def submit(self, call):
         """Take a call."""
 
-    def interrupt(self, call):
-        """Stop a running call alone, if that is possible here; tell whether it is."""
-        return False
+    def interruption(self, call):
+        """Return a function that stops this running call and no other; None where that is not possible."""
 
     def finish(self):
         """End the worker once what was submitted is done."""
@@ -1624,12 +1631,9 @@ class _AsyncioBackend(_Backend):
         self._stop_loop()
         super().kill(error)
 
-    def interrupt(self, call):
+    def interruption(self, call):
         task = call.task
-        if task is None:
-            return False
-        self.loop.call_soon_threadsafe(task.cancel)
-        return True
+        return task and functools.partial(self.loop.call_soon_threadsafe, task.cancel)
 
     def is_here(self):
         return threading.current_thread() in (self.thread, self.companion)
@@ -3499,8 +3503,8 @@ class _Reader:
         self.todo = collections.deque()             # (function, arguments), to be called here
         self.timers = []                            # a heap of (when, number, function)
         self.numbers = itertools.count()
-        self.selector = selectors.DefaultSelector()
         self.bell, self.rope = _socket_pair()       # pulled to wake the thread
+        self.selector = _own(selectors.DefaultSelector())
         self.bell.setblocking(False)
         self.rope.setblocking(False)
         self.is_rung = False
