@@ -52,7 +52,6 @@ import itertools
 import logging
 import os
 import queue
-import random
 import struct
 import sys
 import threading
@@ -1179,9 +1178,13 @@ class _Random:
 
     algorithm = "Random"
 
+    def __init__(self):
+        import random
+        self.pick = random.choice
+
     def choose(self, backends, room):
         free = [backend for backend in backends if len(backend.calls) < room]
-        return random.choice(free) if free else None
+        return self.pick(free) if free else None
 
     def stats(self, backends):
         return {}
