@@ -425,7 +425,8 @@ class BaseFuture(concurrent.futures.Future):
 
     def done(self):
         """Tell whether the call has ended, in whatever way."""
-        return self._outcome is not None
+        gate = self.__dict__.get("_gate")
+        return gate is not None and (type(gate) is not _Gate or gate.outcome is not None)
 
     def cancelled(self):
         """Tell whether the call was cancelled."""
@@ -1381,8 +1382,9 @@ def _close_loop(loop):
 
 def _carry_out(runner, call):
     """Run the call in this thread and settle its future, unless it was cancelled."""
-    if call.future._begin():
-        _settle(call.future, *call.context.run(_outcome_inside, runner, call))
+    context = call.context              # None if it has been settled
+    if context is not None and call.future._begin():
+        _settle(call.future, *context.run(_outcome_inside, runner, call))
 
 
 def _outcome_inside(runner, call):
@@ -1591,14 +1593,15 @@ class _OnDemandThreadBackend(_ThreadBackend):
 
     def _serve(self, call, runner, keeps):
         """Carry out a call, with the object made for it; return the runner if it may serve the next."""
-        if not call.future._begin():
+        context = call.context
+        if context is None or not call.future._begin():
             return runner
         try:
             runner = runner or _Runner(self.pool.recipe)
         except BaseException as error:
             outcome = _ERROR, _start_error(_without_our_frame(error), self)
         else:
-            outcome = call.context.run(_outcome_inside, runner, call)
+            outcome = context.run(_outcome_inside, runner, call)
             if not keeps:
                 runner.close()
                 runner = None
@@ -1656,12 +1659,14 @@ class _AsyncioBackend(_Backend):
             call = self.inbox.popleft()
             if call is None:
                 self._stop()
-            elif call.future._begin():
-                self._start(call, self.runner.outcome_async(call.method, call.args, call.kwargs))
+            else:
+                context = call.context
+                if context is not None and call.future._begin():
+                    self._start(call, context, self.runner.outcome_async(call.method, call.args, call.kwargs))
 
-    def _start(self, call, coroutine):
+    def _start(self, call, context, coroutine):
         # In the context of the submitter; the task copies it.
-        call.task = call.context.run(self.loop.create_task, self._drive(call, coroutine))
+        call.task = context.run(self.loop.create_task, self._drive(call, coroutine))
 
     async def _drive(self, call, coroutine):
         _calling.set(call)
@@ -1713,10 +1718,11 @@ class _AsyncioBackend(_Backend):
 
     def _serve(self, call):
         """Carry out a plain method; a coroutine that it returns goes on on the loop."""
-        if call.future._begin():
-            kind, value = call.context.run(self._attempt, call)
+        context = call.context
+        if context is not None and call.future._begin():
+            kind, value = context.run(self._attempt, call)
             if isinstance(value, types.CoroutineType):
-                self.loop.call_soon_threadsafe(self._start, call, _captured(value))
+                self.loop.call_soon_threadsafe(self._start, call, context, _captured(value))
             else:
                 _settle(call.future, kind, value)
 
@@ -3517,7 +3523,7 @@ class _Reader:
     def post(self, function, *args):
         """Have a function called on this thread; from any thread, at any time."""
         self.todo.append((function, args))
-        if not self.is_rung:
+        if not self.is_rung and _here.reader is not self:
             self.is_rung = True
             try:
                 self.rope.send(b"!")
@@ -3603,8 +3609,9 @@ def _reader_for(backend):
     with _reader_lock:
         reader = _readers.get(os.getpid())
         if reader is None:
-            reader = _readers[os.getpid()] = _Reader()
+            reader = _Reader()
             reader.thread.start()
+            _readers[os.getpid()] = reader
         reader.backends.add(backend)
         return reader
 
@@ -3647,6 +3654,7 @@ class _Link:
             except BlockingIOError:
                 return False
             except OSError:                 # the worker is dead: its sentinel tells
+                self.is_blocked = True
                 return True
             while count:
                 part = self.outbox.popleft()
@@ -4362,13 +4370,12 @@ class _Pool:
         while backlog:
             call = backlog[0]
             if call in self.calls:          # it is not settled yet
-                try:
-                    backend = self._choose()
-                except Exception as error:
+                backend, error = self._choose()
+                if error is not None:
                     refused.append((call, error))
+                elif backend is None:
+                    break
                 else:
-                    if backend is None:
-                        break
                     self._assign(call, backend)
             backlog.popleft()
         return refused
@@ -4386,17 +4393,18 @@ class _Pool:
             call.open_gate()
 
     def _choose(self):
+        """Return the worker for the next call, None if none has room, or the reason why none ever will."""
         if self.broken is not None:
-            raise self.broken
+            return None, self.broken
         backends = self._usable()
         backend = self.balancer.choose(backends, self.room) if backends else None
         if backend is None and self.options.on_demand and len(self.backends) < self.options.max_workers:
             try:
                 backend = self._grow()
-            except Exception:
+            except Exception as error:
                 if not self.backends:       # else the call waits for one of those
-                    raise
-        return backend
+                    return None, error
+        return backend, None
 
     def _usable(self):
         """Return the workers that may get a call once they have room."""
@@ -4415,6 +4423,7 @@ class _Pool:
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
         self.calls.pop(call, None)
         call.args = call.kwargs = call.message = None
+        call.context = None             # it holds the call
         backend = call.backend
         if backend is not None:
             backend.calls.pop(call, None)
@@ -4581,7 +4590,7 @@ def _finish_all():
         calls = [call for pool in pools for call in list(pool.calls)]
         ready = {call.future for call in calls if call.watch is None}
         if ready:
-            _run(_settled_of(ready, FIRST_COMPLETED), None)
+            _run(_settled_of(ready, ALL_COMPLETED), None)
         else:                           # they wait for what nobody of ours will finish
             for call in calls:
                 _withdraw(call.future)
