@@ -331,6 +331,7 @@ class _Here(threading.local):
 
     is_ours = False             # a worker's thread, an event loop's, the reader
     callbacks = 0               # done-callbacks being run, one inside the other
+    failing = None              # (future, kind, value) to be settled by the one who settles now
     sync_calls = ()             # calls that this thread carries out because it made them
     building = None             # the class whose constructor the next `__new__` belongs to
     recipe = None               # in the fork method: how a worker finds what its parent had in hand
@@ -356,6 +357,8 @@ def _sleep_on(lock, timeout):
     The one place where a thread waits for a worker. The thread that brings the processes' answers
     goes on bringing them while it waits: what it waits for may be among them.
     """
+    if _here.failing:
+        _settle_failing(_here.failing)
     if _here.reader is not None:
         return _here.reader.wait(lock, timeout)
     if timeout is None:
@@ -574,6 +577,23 @@ def _settle_unbegun(future, kind, value):
     _settle(future, kind, value)
 
 
+def _fail_dependent(future, kind, value):
+    """Settle a call whose dependency has failed: in a loop, for such chains may be long."""
+    if _here.failing is not None:
+        _here.failing.append((future, kind, value))
+        return
+    _here.failing = collections.deque([(future, kind, value)])
+    try:
+        _settle_failing(_here.failing)
+    finally:
+        _here.failing = None
+
+
+def _settle_failing(failing):
+    while failing:
+        _settle_unbegun(*failing.popleft())
+
+
 def _settle_under(gate, future, outcome):
     with gate:
         if gate.outcome is not None:
@@ -608,10 +628,13 @@ def _notify(future, where):
             fn = waiting.pop(0)
         except IndexError:
             break
-        if where == "_wakers":
-            fn(future)
-        else:
+        if where == "_callbacks":
             _run_callback(fn, future)
+            continue
+        try:
+            fn(future)
+        except Exception:           # the others have to be told all the same
+            logger.exception("exception while %r was settled", future)
 
 
 def _is_foreign_future(x):
@@ -1287,7 +1310,12 @@ class _Runner:
                              if _is_async(getattr(value, "__func__", value))}
         if self._owns_loop and self._async_names:
             self._own_loop()
-        self.target = recipe.build()
+        self.target = None
+        try:
+            self.target = recipe.build()
+        except BaseException:
+            self.close()
+            raise
         _limits_of[id(self.target)] = _UNLIMITED
 
     def attempt(self, method, args, kwargs):
@@ -1619,8 +1647,12 @@ class _AsyncioBackend(_Backend):
         self.plain = queue.SimpleQueue()        # for the companion
         self.thread = threading.Thread(target=self._main, name=self.name, daemon=True)
         self.companion = threading.Thread(target=self._main_beside, name=self.name + "-plain", daemon=True)
-        self.thread.start()
         self.companion.start()                  # now: at exit no thread can be started any more
+        try:
+            self.thread.start()
+        except BaseException as error:
+            _settle(self.started, _ERROR, error)
+            raise
 
     def submit(self, call):
         if self.runner.is_async(call):
@@ -1658,7 +1690,8 @@ class _AsyncioBackend(_Backend):
         while self.inbox:
             call = self.inbox.popleft()
             if call is None:
-                self._stop()
+                if not self.is_over:        # else the loop runs only to be closed
+                    self._stop()
             else:
                 context = call.context
                 if context is not None and call.future._begin():
@@ -1666,7 +1699,9 @@ class _AsyncioBackend(_Backend):
 
     def _start(self, call, context, coroutine):
         # In the context of the submitter; the task copies it.
-        call.task = context.run(self.loop.create_task, self._drive(call, coroutine))
+        call.task = task = context.run(self.loop.create_task, self._drive(call, coroutine))
+        # For one that is cancelled before it has begun: nothing of _drive runs.
+        task.add_done_callback(lambda task: _settle(call.future, _CANCELLED, None))
 
     async def _drive(self, call, coroutine):
         _calling.set(call)
@@ -1685,11 +1720,13 @@ class _AsyncioBackend(_Backend):
                 self.loop.run_forever()
             except BaseException:       # a SystemExit in a task of the user's own
                 logger.exception("exception on the event loop of %s; the loop goes on", self.name)
-        if self.runner is not None:
-            self.runner.close()
-        _close_loop(self.loop)
-        self.companion.join()
-        _settle(self.ended, _RESULT, None)
+        try:
+            if self.runner is not None:
+                self.runner.close()
+            _close_loop(self.loop)
+            self.companion.join()
+        finally:
+            _settle(self.ended, _RESULT, None)
 
     async def _build_on_loop(self):
         if not self._build(self.loop):
@@ -4279,19 +4316,22 @@ class _Pool:
         future = BaseFuture()
         call = future.__dict__["_call"] = _Call(self, future, method, args, kwargs)
         self.calls[call] = None
-        if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
-            future.cancel()
-            raise RuntimeError(self.closed or "cannot submit: the interpreter is exiting")
-        if _may_hold_futures(args, kwargs) and self.options.unwrap_futures:
-            nested = _Nested([args, kwargs])
-            if nested.futures:
-                self._await_dependencies(call, nested)
+        try:
+            if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
+                raise RuntimeError(self.closed or "cannot submit: the interpreter is exiting")
+            if _may_hold_futures(args, kwargs) and self.options.unwrap_futures:
+                nested = _Nested([args, kwargs])
+                if nested.futures:
+                    self._await_dependencies(call, nested)
+                    return future
+            if self.kind.prepares and not self.kind.prepare(call):
                 return future
-        if self.kind.prepares and not self.kind.prepare(call):
-            return future
-        self.enqueue(call)
-        if call.backend is None:
-            self._wait_for_place(call, deadline)
+            self.enqueue(call)
+            if call.backend is None:
+                self._wait_for_place(call, deadline)
+        except BaseException:
+            _withdraw(future)           # the caller will never see it
+            raise
         return future
 
     def _await_dependencies(self, call, nested):
@@ -4313,8 +4353,7 @@ class _Pool:
     def _resume(self, call, nested, futures):
         for future in futures:
             if future.done() and _has_no_result(future):
-                kind, value = _outcome_of(future)
-                _settle_unbegun(call.future, kind, value)
+                _fail_dependent(call.future, *_outcome_of(future))
                 return
         call.watch = None
         try:
@@ -4340,12 +4379,8 @@ class _Pool:
         if self.options.on_demand or self.placer == threading.get_ident() or _must_not_block():
             return
         gate = call.gate = _held_lock()
-        try:
-            if call.backend is None and not call.future.done() and not _sleep_on(gate, _left(deadline)):
-                raise _timeout("no place in the queue became free in time")
-        except BaseException:
-            call.future.cancel()        # the caller will never see it
-            raise
+        if call.backend is None and not call.future.done() and not _sleep_on(gate, _left(deadline)):
+            raise _timeout("no place in the queue became free in time")
 
     # Placing
 
@@ -4686,6 +4721,9 @@ class _Handle:
 
     def __setattr__(self, name, value):
         raise AttributeError(f"{name!r} cannot be set: the worker's state is its own, and its options are fixed")
+
+    def __delattr__(self, name):
+        raise AttributeError(f"{name!r} cannot be deleted")
 
     def __dir__(self):
         return sorted({*super().__dir__(), *(name for name, _ in _definitions(self._pool.recipe.cls) if name[0] != "_")})
@@ -5319,18 +5357,18 @@ def main(argv=None):
         pool = _open(TaskWorker, given, (fn,), {}, sized=True)
     except (ValueError, TypeError, OSError, SyntaxError) as error:
         mapping.error(str(error))
-    status = 1
     try:
-        status = _print_results(pool, chosen.names, chosen.keep_going)
+        try:
+            return _print_results(pool, chosen.names, chosen.keep_going)
+        finally:
+            pool.stop(0)
     except KeyboardInterrupt:
-        status = 130
+        pool.stop(0)
+        return 130
     except BrokenPipeError:
         # Whoever read our output has enough; the interpreter must not try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    finally:
-        pool.stop(0)
-    return status
+        return 0
 
 
 def _load_self():
