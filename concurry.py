@@ -465,7 +465,7 @@ class BaseFuture(concurrent.futures.Future):
         try:
             raise concurrent.futures.CancelledError() if kind is _CANCELLED else value
         finally:
-            self = value = None     # the traceback would keep the future alive, and the future it
+            del self, value         # the traceback would keep the future alive, and the future it
 
     def exception(self, timeout=None):
         """Return what the call raised, or None; wait, time out and be cancelled as `result` does."""
@@ -974,8 +974,8 @@ class _Gathering:
 
 
 def _is_collection(x):
-    return (isinstance(x, (list, tuple, set, frozenset, dict)) or
-            (isinstance(x, collections.abc.Iterable) and not isinstance(x, (str, bytes, bytearray)) and not _is_future(x)))
+    is_text = isinstance(x, (str, bytes, bytearray))
+    return isinstance(x, collections.abc.Iterable) and not is_text and not _is_future(x)
 
 
 def gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False):
@@ -2526,9 +2526,8 @@ def _reason(culprit, error):
     if isinstance(error, _pickle().PicklingError) or text.startswith("cannot pickle"):
         return text
     if isinstance(error, RecursionError):
-        text = "it is nested too deeply"
-    else:
-        text = f"{type(error).__name__}: {text}"
+        return f"cannot pickle {type(culprit).__name__!r} object: it is nested too deeply"
+    text = f"{type(error).__name__}: {text}"
     return f"cannot pickle {type(culprit).__name__!r} object: {text}"
 
 
@@ -2599,7 +2598,7 @@ def _reduced_parts(obj):
         return
     if isinstance(reduced, str):
         return
-    _, args, state, items, pairs, *_ = (*reduced, None, None, None, None)
+    args, state, items, pairs = (*reduced, None, None, None)[1:5]
     states = state if type(state) is tuple else (state,)
     for each in states:                 # instance dict, slots
         if type(each) is dict:
@@ -2758,7 +2757,8 @@ if sys.platform == "linux":
         The only way that works while C code holds the GIL. The setting belongs to the open
         file, not to the descriptor: each worker needs a socket of its own.
         """
-        import fcntl, signal
+        import fcntl
+        import signal
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(descriptor, getattr(fcntl, "F_SETSIG", 10), signal.SIGKILL)
@@ -2909,7 +2909,8 @@ def _launch_by_spawn(main, *descriptors):
 
 
 def _launch_by_fork(main, *descriptors):
-    import fcntl, select, signal, socket, traceback    # the child finds import locks as they are
+    for module in ("fcntl", "select", "signal", "socket", "traceback"):
+        __import__(module)      # now: the child finds import locks as they are
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()      # else the child writes it too
@@ -2989,7 +2990,8 @@ class _ForkServer(_Process):
 
     def ask(self, request, *descriptors):
         """Return the server's answer, a pid or a wait status; raise its OSError."""
-        import errno, socket
+        import errno
+        import socket
         answer, far = _socket_pair()
         with answer, far:
             answer.settimeout(_START_TIMEOUT)
@@ -3051,9 +3053,10 @@ if hasattr(os, "register_at_fork"):
 
 def _serve_forks(control, *parent):
     """Fork and reap workers as asked, until the parent is gone; then kill those left."""
-    import gc, socket
+    import gc
+    import socket
     control = _own(socket.socket(fileno=control))
-    keep = [_own(open(pidfd, "rb", 0)) for pidfd in parent]  # a worker has its own
+    closed_in_workers = [_own(open(pidfd, "rb", 0)) for pidfd in parent]     # they have their own
     children = set()
     gc.collect()
     gc.freeze()                 # a collection in a worker would unshare the memory
@@ -3070,6 +3073,7 @@ def _serve_forks(control, *parent):
         # while some child that the user forked keeps the link open.
         for pid in children:
             os.kill(pid, 9)
+        del closed_in_workers
         os._exit(0)
 
 
@@ -3183,7 +3187,8 @@ def _forget_multiprocessing(util):
 
 def _run_worker(main, connection, link, *parent, prepare=None):
     """Run a worker's whole life in this process, and end the process."""
-    import socket, traceback
+    import socket
+    import traceback
     code = 1
     try:
         if prepare:
@@ -4132,8 +4137,8 @@ def _settle_answer(call, kind, data, buffers):
     if kind == _RETURNED:
         try:
             outcome = _RESULT, _loads(data, buffers)
-        except BaseException as error:
-            outcome = _ERROR, _loading_error("result", call, error)
+        except BaseException as cause:
+            outcome = _ERROR, _loading_error("result", call, cause)
     else:
         error = _load_error(data, buffers)
         outcome = _ERROR, error if kind == _RAISED else _loading_error("arguments", call, error)
@@ -4644,7 +4649,7 @@ def _abandon_all():
         pool.abandon()
 
 
-threading._register_atexit(_finish_all)
+threading._register_atexit(_finish_all)     # type: ignore[attr-defined]
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_all)
 
@@ -4726,7 +4731,8 @@ class _Handle:
         raise AttributeError(f"{name!r} cannot be deleted")
 
     def __dir__(self):
-        return sorted({*super().__dir__(), *(name for name, _ in _definitions(self._pool.recipe.cls) if name[0] != "_")})
+        names = {name for name, _ in _definitions(self._pool.recipe.cls) if not name.startswith("_")}
+        return sorted(names.union(super().__dir__()))
 
     def __repr__(self):
         options = self._pool.options
@@ -4738,9 +4744,12 @@ class _Handle:
         raise pickle.PicklingError(f"a handle ({self!r}) cannot travel to another process: make the worker there")
 
 
+def _option_reader(name):
+    return lambda self: getattr(self._pool.options, name)
+
+
 for _name in _OPTIONS:
-    setattr(_Handle, _name, property(lambda self, name=_name: getattr(self._pool.options, name),
-                                     doc=f"The option {_name}."))
+    setattr(_Handle, _name, property(_option_reader(_name), doc=f"The option {_name}."))
 
 
 def _check_method(cls, name):
@@ -4944,13 +4953,8 @@ def _load_outcomes(values, errors):
 
 def _open(cls, given, args, kwargs, sized=False):
     """Build the worker or pool and return its handle."""
-    if issubclass(cls, TaskWorker):
-        fn = cls._bound_function(*args, **kwargs)
-    else:
-        fn = None
-    options = _Options(given, sized)
-    recipe = _Recipe(cls, args, kwargs, fn)
-    pool = _Pool(recipe, options)
+    fn = cls._bound_function(*args, **kwargs) if issubclass(cls, TaskWorker) else None
+    pool = _Pool(_Recipe(cls, args, kwargs, fn), _Options(given, sized))
     pool.start()
     return _handle_type(cls)(pool)
 
