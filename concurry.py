@@ -3056,7 +3056,7 @@ def _serve_forks(control, *parent):
     import gc
     import socket
     control = _own(socket.socket(fileno=control))
-    closed_in_workers = [_own(open(pidfd, "rb", 0)) for pidfd in parent]     # they have their own
+    kept = [_own(open(pidfd, "rb", 0)) for pidfd in parent]     # noqa: F841: closed in workers, which have their own
     children = set()
     gc.collect()
     gc.freeze()                 # a collection in a worker would unshare the memory
@@ -3073,7 +3073,6 @@ def _serve_forks(control, *parent):
         # while some child that the user forked keeps the link open.
         for pid in children:
             os.kill(pid, 9)
-        del closed_in_workers
         os._exit(0)
 
 
@@ -3975,7 +3974,7 @@ class _ProcessBackend(_Backend):
 
     def _succeed(self, link, pid, exitcode, had_begun):
         """Decide what comes after a process that has ended."""
-        if self.is_finishing and not self.queue:
+        if self.is_finishing and not any(call in self.calls for call in self.queue):
             if not self.started.done():
                 _settle(self.started, _ERROR, self.cause or self._death(pid, exitcode, None))
             self._end()
@@ -4560,8 +4559,17 @@ class _Pool:
             return
         self.is_stopped = True
         self.close("it is stopped")
-        is_first = next(self.once) == 0
         timeout = self.options.stop_timeout if timeout is None else timeout
+        error = WorkerDiedError(f"{self.name} was stopped after {timeout:g} s, in the middle of this call", self.name)
+        try:
+            self._stop(timeout, error)
+        except BaseException:           # Ctrl-C: as if the time were over, but without waiting
+            for backend in list(self.backends):
+                backend.kill(error)
+            raise
+
+    def _stop(self, timeout, error):
+        is_first = next(self.once) == 0
         deadline = _deadline(timeout)
         dropped = sum(_withdraw(call.future) for call in list(self.calls))
         if dropped:
@@ -4570,7 +4578,6 @@ class _Pool:
         running = [call for call in list(self.calls) if call not in mine]
         waited_for = {call.future for call in running if call.backend is None or not call.backend.stalls_here()}
         _run(_settled_of(waited_for, ALL_COMPLETED), timeout)
-        error = WorkerDiedError(f"{self.name} was stopped after {timeout:g} s, in the middle of this call", self.name)
         for backend in list(self.backends):
             if any(call in backend.calls for call in running):
                 backend.kill(error)
@@ -4707,15 +4714,21 @@ class _Handle:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)):
+        try:
+            if not _is_interrupt(kind):
+                self._pool.shutdown()
+                return
+        except (KeyboardInterrupt, SystemExit):
             self._pool.stop(0)
-        else:
-            self._pool.shutdown()
+            raise
+        self._pool.stop(0)
 
     async def __aenter__(self):
         return self
 
     async def __aexit__(self, kind, error, traceback):
+        if _is_interrupt(kind):
+            self._pool.stop(0)
         self._pool.finish()
         if not self._pool.is_stopped:
             await _run_async(self._pool.until_ended(), None)
@@ -4742,6 +4755,10 @@ class _Handle:
     def __reduce__(self):
         import pickle
         raise pickle.PicklingError(f"a handle ({self!r}) cannot travel to another process: make the worker there")
+
+
+def _is_interrupt(kind):
+    return kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
 
 
 def _option_reader(name):

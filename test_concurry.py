@@ -1,24 +1,5648 @@
 """The tests of concurry: `python3 -m unittest`."""
 
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import contextvars
+import dataclasses
+import enum
+import faulthandler
+import functools
+import gc
+import importlib
+import inspect
+import io
+import itertools
+import logging
+import logging.handlers
+import multiprocessing
+import os
+import pickle
+import queue
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+import types
+import typing
 import unittest
+import unittest.mock
+import warnings
+import weakref
+import zipfile
 
 import concurry
+from concurry import *
+
+SAFETY = float(os.environ.get("CONCURRY_SAFETY", 30))      # seconds; only a deadlock reaches it
+NO_SKIP = os.environ.get("CONCURRY_NO_SKIP") == "1"
+MODES = ("sync", "thread", "process", "asyncio")
+os.environ["CONCURRY_TESTS"] = TOKEN = f"tests-{os.getpid()}"       # our descendants are known by it
 
 
-class Counter(concurry.Worker):
-    def __init__(self, start):
-        self.count = start
+# === Scaffolding ===
 
-    def add(self, n):
+def over_modes(namespace, bodies, modes=MODES):
+    """Make a TestCase of each body for each mode: ThreadCallTests, ProcessCallTests, ..."""
+    for mode in modes:
+        for body in bodies:
+            name = mode.title() + body.__name__
+            assert name not in namespace, f"{name} is made twice"
+            namespace[name] = type(name, (body, ModeMixin, CleanTestCase),
+                                   {"mode": mode, "__module__": namespace["__name__"]})
+
+
+def descendants():
+    """Return {pid: what it is} of living processes that we or our workers have started."""
+    found = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            stat = open_and_read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            ours = int(stat[1]) == os.getpid() or TOKEN in open_and_read(f"/proc/{pid}/environ")
+            if ours and pid != os.getpid() and stat[0] != "Z":
+                found[pid] = open_and_read(f"/proc/{pid}/cmdline").replace("\0", " ")[:200]
+    return {pid: what for pid, what in found.items() if "multiprocessing.resource_tracker" not in what}
+
+
+def open_and_read(path):
+    with open(path, errors="replace") as file:
+        return file.read()
+
+
+def descriptors():
+    """Return {number: what it is} of our open descriptors."""
+    found = {}
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):      # the listing's own
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+    return found
+
+
+def until_gone(pid):
+    """Wait until a process, child or not, has ended; tell whether it has."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], SAFETY)[0])
+    finally:
+        os.close(descriptor)
+
+
+def run_script(code, *args, flags=(), stdin=None, check=True, **environment):
+    """Run Python code in a fresh interpreter, from a file; return the CompletedProcess (text)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "script.py")
+        with open(path, "w") as file:
+            file.write(textwrap.dedent(code))
+        here = os.path.dirname(os.path.abspath(concurry.__file__))
+        process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", *flags, path, *args], text=True, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": here, **environment})
+        with process:
+            try:
+                out, err = process.communicate(stdin, timeout=SAFETY)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)         # it tells where it hangs
+                raise AssertionError("the script hangs:\n" + "".join(map(str, process.communicate()))) from None
+    ended = subprocess.CompletedProcess(path, process.returncode, out, err)
+    if check and ended.returncode:
+        raise AssertionError(f"exit status {ended.returncode}:\n{ended.stdout}{ended.stderr}")
+    return ended
+
+
+class Flag:
+    """An event that any thread or process of any mode can set, and wait for; it travels by its path."""
+
+    def __init__(self, path=None):
+        self.path = path or os.path.join(tempfile.mkdtemp(), "flag")
+        if path is None:
+            os.mkfifo(self.path)
+            self.keeper = os.open(self.path, os.O_RDWR)     # what is written stays while this is open
+
+    def __reduce__(self):
+        return Flag, (self.path,)
+
+    def set(self, byte=b"x"):
+        descriptor = os.open(self.path, os.O_RDWR)
+        os.write(descriptor, byte)
+        os.close(descriptor)
+
+    def wait(self):
+        descriptor = os.open(self.path, os.O_RDWR)
+        try:
+            if not select.select([descriptor], [], [], SAFETY)[0]:
+                raise AssertionError("the flag was never set")
+            os.write(descriptor, os.read(descriptor, 1))    # it stays set for others
+        finally:
+            os.close(descriptor)
+
+    def is_set(self):
+        return bool(select.select([self.keeper], [], [], 0)[0])
+
+    def count(self):
+        """Tell how often it was set."""
+        return len(os.read(self.keeper, 4096)) if self.is_set() else 0
+
+    def close(self):
+        os.close(self.keeper)
+        os.unlink(self.path)
+        os.rmdir(os.path.dirname(self.path))
+
+
+class CleanTestCase(unittest.TestCase):
+    """Each test ends within the safety time; each class leaves no thread, process or descriptor."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.threads_before = set(threading.enumerate())
+        cls.processes_before = set(descendants())
+        cls.descriptors_before = descriptors()
+        super().setUpClass()
+
+    @classmethod
+    def tearDownClass(cls):
+        super().tearDownClass()
+        gc.collect()
+        faulthandler.dump_traceback_later(2 * SAFETY, exit=True)
+        left = set(threading.enumerate()) - cls.threads_before
+        deadline = time.monotonic() + SAFETY / 3
+        for thread in left:
+            thread.join(max(0, deadline - time.monotonic()))
+        concurry._close_server()
+        if any(thread.is_alive() for thread in left):
+            faulthandler.dump_traceback(sys.__stderr__)
+        assert not [thread for thread in left if thread.is_alive()], f"threads left: {left}"
+        for pid in set(descendants()) - cls.processes_before:
+            assert until_gone(pid), f"process left: {pid} {descendants().get(pid)}"
+        opened = {number: what for number, what in descriptors().items()
+                  if cls.descriptors_before.get(number) != what}
+        assert not opened, f"descriptors left: {opened}"
+        faulthandler.cancel_dump_traceback_later()
+
+    def run(self, result=None):
+        faulthandler.dump_traceback_later(2 * SAFETY, exit=True, file=sys.__stderr__)
+        try:
+            return super().run(result)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def skipTest(self, reason):
+        if NO_SKIP:
+            self.fail(f"would skip: {reason}")
+        super().skipTest(reason)
+
+    def need(self, name):
+        """Return an optional package, or skip."""
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            self.skipTest(f"needs {name}")
+
+    def flag(self):
+        flag = Flag()
+        self.addCleanup(flag.close)
+        return flag
+
+    def start(self, cls, *args, init=None, **options):
+        """Return the handle of a new worker or pool, stopped when the test ends."""
+        handle = cls.options(**options).init(*args, **(init or {}))
+        self.addCleanup(handle.stop, 5)
+        return handle
+
+    def log_of(self, logger="concurry", level="WARNING"):
+        return self.assertLogs(logger, level)
+
+
+class ModeMixin:
+    """What the bodies that are run over all modes use: `self.mode`, and `self.make`."""
+
+    def make(self, cls, *args, init=None, **options):
+        return self.start(cls, *args, init=init, mode=self.mode, **options)
+
+
+class Counter(Worker):
+    """A bit of state, and methods of every kind."""
+
+    kind = "counter"
+    size: int
+
+    def __init__(self, count=0, fail=None):
+        if fail is not None:
+            raise fail
+        self.count = count
+
+    def add(self, n=1, *, times=1):
+        self.count += n * times
+        return self.count
+
+    async def add_async(self, n=1):
+        await asyncio.sleep(0)
         self.count += n
         return self.count
 
+    def echo(self, *args, **kwargs):
+        return (args, kwargs) if kwargs else args[0] if len(args) == 1 else args
 
-class SmokeTests(unittest.TestCase):
-    def test_a_stateful_worker_in_every_mode(self):
-        for mode in concurry.ExecutionMode:
-            with self.subTest(mode=mode), Counter.options(mode=mode).init(10) as counter:
-                self.assertEqual([counter.add(n).result(30) for n in (1, 2)], [11, 13])
+    async def echo_async(self, x):
+        return x
+
+    def fail(self, error):
+        raise error
+
+    async def fail_async(self, error):
+        raise error
+
+    def hold(self, started, go, result="held"):
+        """Say that the call has begun, and go on when told."""
+        started.set()
+        go.wait()
+        return result
+
+    @staticmethod
+    def plain(x):
+        return x * 2
+
+    @classmethod
+    def name_of(cls):
+        return cls.__name__
+
+    @property
+    def twice(self):
+        return self.count * 2
+
+    def _private(self):
+        pass
+
+
+def square(x):
+    return x * x
+
+
+def add(a, b=10):
+    return a + b
+
+
+def hold(started, go, result="held"):
+    started.set()
+    go.wait()
+    return result
+
+
+async def square_async(x):
+    await asyncio.sleep(0)
+    return x * x
+
+
+def in_thread(fn, *args):
+    """Start a thread; its outcome is a plain concurrent.futures.Future."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(fn(*args))
+        except BaseException as error:
+            future.set_exception(error)
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def done_future(kind=BaseFuture, result=None, error=None, cancel=False):
+    future = kind()
+    if cancel:
+        future.cancel()
+    elif error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+    return future
+
+
+@contextlib.contextmanager
+def loop_in_thread():
+    """An event loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(SAFETY)
+        loop.close()
+
+
+# === The module ===
+
+class ModuleTests(CleanTestCase):
+    def test_all_names_exist_and_no_others_are_public(self):
+        missing = [name for name in concurry.__all__ if not hasattr(concurry, name)]
+        self.assertEqual(missing, [])
+        public = {name for name, value in vars(concurry).items()
+                  if not name.startswith("_") and getattr(value, "__module__", "") == "concurry"}
+        self.assertEqual(public - set(concurry.__all__) - {"main"}, set())
+
+    def test_import_is_cheap(self):
+        heavy = "asyncio", "multiprocessing", "sqlite3", "inspect", "subprocess", "ray"
+        out = run_script(f"import concurry, sys; print([m for m in {heavy!r} if m in sys.modules])", flags=["-S"]).stdout
+        self.assertEqual(out.strip(), "[]")
+
+
+# === Choices and options ===
+
+class ChoiceTests(CleanTestCase):
+    def test_aliases(self):
+        M, B = ExecutionMode, LoadBalancingAlgorithm
+        for member, names in {
+            M.Sync: ["sync", "synchronous"], M.Threads: ["thread", "threads", "threading"],
+            M.Processes: ["process", "processes", "proc", "procs"],
+            M.Asyncio: ["asyncio", "async", "asynchronous"],
+            B.RoundRobin: ["round_robin", "rr"], B.LeastActiveLoad: ["least_active", "active", "least_active_load"],
+            B.LeastTotalLoad: ["least_total", "total", "least_total_load"], B.Random: ["random", "rand"],
+        }.items():
+            for name in (*names, member):
+                self.assertIs(type(member)(name), member)
+
+    def test_spelling_is_loose(self):
+        for name in ("Round Robin", "ROUND-ROBIN", "roundrobin", "RR", "RoundRobin"):
+            self.assertIs(LoadBalancingAlgorithm(name), LoadBalancingAlgorithm.RoundRobin)
+
+    def test_an_unknown_string_lists_the_choices(self):
+        for option, value, choice in (("mode", "thraed", "'thread'"), ("mode", 3, "'thread'"),
+                                      ("load_balancing", "fair", "'round_robin'"),
+                                      ("mp_context", "vfork", "'forkserver'")):
+            with self.assertRaisesRegex(ValueError, choice) as caught:
+                Counter.options(**{"mode": "thread", option: value})
+            self.assertIn(repr(value), str(caught.exception))
+
+    def test_wait_constants_equal_the_standard_ones(self):
+        for name in ("ALL_COMPLETED", "FIRST_COMPLETED", "FIRST_EXCEPTION"):
+            self.assertEqual(getattr(concurry, name), getattr(concurrent.futures, name))
+            self.assertIs(ReturnWhen(name.lower()), getattr(concurry, name))
+
+
+class OptionTests(CleanTestCase):
+    def test_an_unknown_option_names_the_nearest(self):
+        for make in (lambda **o: Counter.options(mode="sync", **o), lambda **o: Executor("sync", **o),
+                     lambda **o: task(mode="sync", **o)(square), lambda **o: worker(mode="sync", **o)(type("C", (), {})),
+                     lambda **o: types.new_class("C", (Worker,), {"mode": "sync", **o})):
+            with self.assertRaisesRegex(TypeError, "max_worker'.*'max_workers'"):
+                make(max_worker=1)
+
+    def test_values_are_coerced(self):
+        for text, value in (("true", True), ("false", False), ("1", True), ("0", False), ("yes", True), ("No", False)):
+            self.assertIs(self.start(Counter, mode="sync", blocking=text).blocking, value)
+        handle = self.start(Counter, mode="Threading", max_workers="2", max_queued_tasks="3", on_demand_linger="0.5",
+                            load_balancing="RR")
+        self.assertEqual((handle.mode, handle.max_workers, handle.max_queued_tasks, handle.on_demand_linger),
+                         (ExecutionMode.Threads, 2, 3, 0.5))
+        self.assertIs(handle.load_balancing, LoadBalancingAlgorithm.RoundRobin)
+
+    def test_an_impossible_value_is_named_with_its_range(self):
+        for option, value, expected in (
+                ("max_workers", -1, "from 0"), ("max_workers", 1.5, "whole number"), ("max_workers", "many", "whole number"),
+                ("max_workers", True, "whole number"), ("max_workers", float("nan"), "whole number"),
+                ("max_queued_tasks", 0, "from 1"), ("blocking", "maybe", "true or false"), ("blocking", 2, "true or false"),
+                ("on_demand_linger", -1, "from 0"), ("on_demand_linger", float("nan"), "from 0")):
+            with self.subTest(option=option, value=value), self.assertRaises(ValueError) as caught:
+                Counter.options(mode="thread", **{option: value})
+            for text in (option, repr(value), expected):
+                self.assertIn(text, str(caught.exception))
+
+    def test_the_mode_is_required(self):
+        for make in (Counter.options().init, Counter.init, lambda: task(square)(2)):
+            with self.assertRaisesRegex(ValueError, "mode is required"):
+                make()
+
+    def test_options_of_another_mode_have_no_effect(self):
+        for mode in MODES:
+            handle = self.start(Counter, mode=mode, mp_context="spawn" if mode != "process" else "forkserver",
+                                on_demand_linger=3)
+            self.assertEqual(handle.add(2).result(SAFETY), 2)
+
+    def test_sync_and_asyncio_have_one_worker(self):
+        for mode in ("sync", "asyncio"):
+            for options in ({"max_workers": 2}, {"max_workers": 0}, {"on_demand": True}):
+                with self.assertRaisesRegex(ValueError, next(iter(options))):
+                    Counter.options(mode=mode, **options).init()
+            self.assertEqual(self.start(Counter, mode=mode, max_workers=1).max_workers, 1)
+
+    def test_no_workers_are_for_on_demand_pools(self):
+        with self.assertRaisesRegex(ValueError, "max_workers=0"):
+            Counter.options(mode="thread", max_workers=0).init()
+        for mode in ("thread", "process"):
+            handle = self.start(Counter, mode=mode, max_workers=0, on_demand=True)
+            self.assertEqual(handle.max_workers, max(1, os.cpu_count() - 1))
+
+
+class ConfigTests(CleanTestCase):
+    def setUp(self):
+        self.addCleanup(global_config.reset_to_defaults)
+
+    def test_defaults(self):
+        found = {mode: [global_config.get_defaults(mode)[name] for name in ("max_workers", "max_queued_tasks")]
+                 for mode in MODES}
+        self.assertEqual((found["thread"], found["process"]), ([24, 100], [4, 5]))
+        self.assertEqual(found["sync"][1], None)
+        self.assertEqual(global_config.get_defaults("thread")["stop_timeout"], 30)
+
+    def test_argument_wins_over_mode_wins_over_defaults(self):
+        global_config.defaults.max_queued_tasks = 7
+        self.assertEqual(self.start(Counter, mode="thread").max_queued_tasks, 100)
+        global_config.thread.blocking = "yes"
+        self.assertIs(self.start(Counter, mode="thread").blocking, True)
+        self.assertIs(self.start(Counter, mode="thread", blocking=False).blocking, False)
+        self.assertIs(self.start(Counter, mode="sync").blocking, False)
+
+    def test_it_is_read_at_init(self):
+        builder = Counter.options(mode="sync")
+        global_config.sync.blocking = True
+        self.assertEqual(builder.init(3).add(), 4)
+        handle = self.start(Counter, mode="sync")
+        global_config.sync.blocking = False
+        self.assertEqual(handle.add(), 1)
+
+    def test_the_mode_may_be_configured(self):
+        global_config.defaults.mode = "sync"
+        self.assertIs(self.start(Counter).mode, ExecutionMode.Sync)
+        self.assertEqual(Counter.init(1).add().result(), 2)
+
+    def test_assignment_is_validated(self):
+        with self.assertRaisesRegex(ValueError, "max_workers=-1"):
+            global_config.thread.max_workers = -1
+        with self.assertRaisesRegex(TypeError, "max_workers"):
+            global_config.thread.max_worker = 1
+        with self.assertRaises((AttributeError, TypeError)):
+            global_config.treads.max_workers = 1
+
+    def test_pools_without_a_size_take_the_configured_one(self):
+        global_config.thread.max_workers = 3
+        self.assertEqual(self.start(Counter, mode="thread").max_workers, 1)
+        self.assertEqual(self.start(Counter, mode="thread", on_demand=True).max_workers, 3)
+        with Executor("thread") as pool:
+            self.assertEqual(pool.get_pool_stats()["total_workers"], 3)
+
+    def test_reset(self):
+        global_config.thread.max_workers = 3
+        global_config.reset_to_defaults()
+        self.assertEqual(global_config.get_defaults("thread")["max_workers"], 24)
+
+
+# === Futures ===
+
+class FutureTests(CleanTestCase):
+    """Futures alone, settled by hand."""
+
+    def test_life_of_a_future(self):
+        future = BaseFuture()
+        self.assertIsInstance(future, concurrent.futures.Future)
+        self.assertEqual((future.done(), future.running(), future.cancelled()), (False, False, False))
+        self.assertIn("pending", repr(future))
+        self.assertTrue(future.set_running_or_notify_cancel())
+        self.assertTrue(future.running())
+        self.assertFalse(future.cancel())
+        future.set_result(3)
+        self.assertEqual((future.result(), future.exception(), future.done(), future.running()), (3, None, True, False))
+        self.assertFalse(future.cancel())
+
+    def test_it_is_settled_once(self):
+        for settle in (done_future(), done_future(error=ValueError()), done_future(cancel=True)):
+            for again in (lambda: settle.set_result(1), lambda: settle.set_exception(ValueError())):
+                self.assertRaises(concurrent.futures.InvalidStateError, again)
+
+    def test_one_settler_of_many_wins(self):
+        for _ in range(100):
+            future, barrier, winners = BaseFuture(), threading.Barrier(3), []
+
+            def settle(how):
+                barrier.wait(SAFETY)
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    if how(future) is not False:
+                        winners.append(how)
+            runs = [in_thread(settle, how) for how in (
+                lambda f: f.set_result(1), lambda f: f.set_exception(KeyError()), lambda f: f.cancel())]
+            concurrent.futures.wait(runs, SAFETY)
+            self.assertEqual(len(winners), 1)
+
+    def test_timeouts_have_every_name(self):
+        future = BaseFuture()
+        for name in (TimeoutError, concurrent.futures.TimeoutError, asyncio.TimeoutError):
+            for wait in (future.result, future.exception, lambda t: gather([future], timeout=t),
+                         lambda t: list(as_completed([future], timeout=t)),
+                         lambda t: list(gather([future], iter=True, timeout=t)),
+                         lambda t: asyncio.run(async_gather([future], timeout=t))):
+                with self.assertRaises(name):
+                    wait(0)
+
+    def test_cancelled(self):
+        future = done_future(cancel=True)
+        self.assertTrue(future.cancelled() and future.done() and future.cancel())
+        self.assertFalse(future.set_running_or_notify_cancel())
+        self.assertRaises(concurrent.futures.CancelledError, future.result)
+        self.assertRaises(concurrent.futures.CancelledError, future.exception)
+
+        async def main():
+            with self.assertRaises(asyncio.CancelledError):
+                await future
+        asyncio.run(main())
+
+    def test_a_waiter_is_woken_by_every_outcome(self):
+        for settle, expected in ((lambda f: f.set_result(1), 1), (lambda f: f.set_exception(KeyError(1)), KeyError),
+                                 (lambda f: f.cancel(), concurrent.futures.CancelledError)):
+            future, ready = BaseFuture(), threading.Event()
+
+            def wait():
+                ready.set()
+                return future.result(SAFETY)
+            waiting = in_thread(wait)
+            ready.wait(SAFETY)
+            settle(future)
+            if expected == 1:
+                self.assertEqual(waiting.result(SAFETY), 1)
+            else:
+                self.assertIsInstance(waiting.exception(SAFETY), expected)
+
+    def test_callbacks_run_in_order_once_and_late_ones_at_once(self):
+        future, seen = BaseFuture(), []
+        for n in (1, 2):
+            future.add_done_callback(lambda f, n=n: seen.append((n, f.result())))
+        future.set_result("x")
+        future.add_done_callback(lambda f: seen.append((3, f.result())))
+        self.assertEqual(seen, [(1, "x"), (2, "x"), (3, "x")])
+
+    def test_a_callback_that_raises_is_logged_once_and_the_rest_run(self):
+        for error in (ValueError, SystemExit, KeyboardInterrupt):
+            future, seen = BaseFuture(), []
+
+            def bad(_):
+                raise error("bad callback")
+            future.add_done_callback(bad)
+            future.add_done_callback(seen.append)
+            with self.log_of(level="ERROR") as log:
+                future.set_result(1)
+            self.assertEqual((len(log.output), seen), (1, [future]))
+            self.assertIn("bad callback", log.output[0])
+
+    def test_an_exception_makes_no_cycle(self):
+        class Tracked(Exception):
+            pass
+        future = done_future(error=Tracked())
+        gone = weakref.ref(future)
+        gc.disable()
+        self.addCleanup(gc.enable)
+        try:
+            future.result()
+        except Tracked:
+            pass
+        del future
+        self.assertIsNone(gone())
+
+    def test_the_standard_wait_takes_ours_mixed_with_theirs(self):
+        ours, theirs = [BaseFuture(), BaseFuture()], concurrent.futures.Future()
+        found = concurrent.futures.wait([*ours, theirs], timeout=0)
+        self.assertEqual(found.not_done, {*ours, theirs})
+        waiting = in_thread(concurrent.futures.wait, [*ours, theirs], SAFETY)
+        ours[0].set_result(1)
+        theirs.set_result(2)
+        ours[1].set_exception(KeyError())
+        self.assertEqual(waiting.result(SAFETY).done, {*ours, theirs})
+        for when in (concurrent.futures.FIRST_EXCEPTION, concurrent.futures.FIRST_COMPLETED):
+            pending = BaseFuture()
+            self.assertEqual(concurrent.futures.wait([ours[1], pending], SAFETY, when), ({ours[1]}, {pending}))
+
+    def test_the_standard_as_completed_takes_ours(self):
+        futures = [BaseFuture(), concurrent.futures.Future(), BaseFuture()]
+        finished = concurrent.futures.as_completed(futures, SAFETY)
+        futures[2].cancel()
+        first = next(finished)
+        futures[0].set_result(0)
+        second = next(finished)
+        futures[1].set_result(1)
+        self.assertEqual([first, second, *finished], [futures[2], futures[0], futures[1]])
+
+    def test_the_standard_wait_is_woken_by_each_kind_of_end(self):
+        for end in (lambda f: f.set_result(1), lambda f: f.set_exception(KeyError()), lambda f: f.cancel()):
+            future = BaseFuture()
+            future._condition               # as though a `wait` was under way
+            waiting = in_thread(concurrent.futures.wait, [future], SAFETY)
+            end(future)
+            self.assertEqual(waiting.result(SAFETY).done, {future})
+
+    def test_settled_between_the_reading_and_the_installing_of_the_standard_wait(self):
+        install = concurrent.futures._base._create_and_install_waiters
+        for wait in (lambda f: concurrent.futures.wait([f], SAFETY).done,
+                     lambda f: set(concurrent.futures.as_completed([f], SAFETY))):
+            future, settlers = BaseFuture(), []
+
+            def settle_then_install(fs, when):
+                settlers.append(threading.Thread(target=future.set_result, args=(1,)))
+                settlers[0].start()
+                settlers[0].join(0.05)      # it ends, or waits for the lock that we hold
+                return install(fs, when)
+            with unittest.mock.patch("concurrent.futures._base._create_and_install_waiters", settle_then_install):
+                self.assertEqual(wait(future), {future})
+            settlers[0].join(SAFETY)
+            self.assertEqual(future.result(0), 1)
+
+    def test_the_condition_made_while_the_outcome_is_set(self):
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        for _ in range(300):
+            future, barrier = BaseFuture(), threading.Barrier(2)
+            settling = in_thread(lambda: (barrier.wait(SAFETY), future.set_result(1)))
+            barrier.wait(SAFETY)
+            self.assertEqual(concurrent.futures.wait([future], SAFETY).not_done, set())
+            settling.result(SAFETY)
+
+    def test_awaited_from_two_loops_at_once(self):
+        future = BaseFuture()
+
+        async def main():
+            return await future
+        runs = [in_thread(asyncio.run, main()) for _ in range(2)]
+        future.set_result(5)
+        self.assertEqual([run.result(SAFETY) for run in runs], [5, 5])
+
+        async def late():
+            return await future, await asyncio.wrap_future(future)
+        self.assertEqual(asyncio.run(late()), (5, 5))
+
+    def test_an_awaited_error_is_raised_as_itself(self):
+        future, error = BaseFuture(), KeyError(1)
+
+        async def main():
+            asyncio.get_running_loop().call_soon(future.set_exception, error)
+            with self.assertRaises(KeyError) as caught:
+                await future
+            self.assertIs(caught.exception, error)
+        asyncio.run(main())
+
+    def test_cancelling_the_task_that_awaits_cancels_the_future(self):
+        future = BaseFuture()
+
+        async def main():
+            async def wait_for_it():
+                begun.set()
+                await future
+            begun = asyncio.Event()
+            waiting = asyncio.ensure_future(wait_for_it())
+            await begun.wait()
+            waiting.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await waiting
+        asyncio.run(main())
+        self.assertTrue(future.cancelled())
+
+    def test_wrap_future(self):
+        ours = BaseFuture()
+        self.assertIs(wrap_future(ours), ours)
+        for theirs in (concurrent.futures.Future(), done_future(concurrent.futures.Future, 1)):
+            wrapped = wrap_future(theirs)
+            self.assertIsInstance(wrapped, BaseFuture)
+            if not theirs.done():
+                self.assertFalse(wrapped.done())
+                theirs.set_result(1)
+            self.assertEqual(wrapped.result(SAFETY), 1)
+        self.assertIsInstance(wrap_future(done_future(concurrent.futures.Future, error=KeyError())).exception(0), KeyError)
+        self.assertTrue(wrap_future(done_future(concurrent.futures.Future, cancel=True)).cancelled())
+        for wrong in (None, 3, square):
+            self.assertRaisesRegex(TypeError, type(wrong).__name__, wrap_future, wrong)
+
+    def test_wrapped_futures_are_cancelled_both_ways(self):
+        theirs = concurrent.futures.Future()
+        self.assertTrue(wrap_future(theirs).cancel())
+        self.assertTrue(theirs.cancelled())
+        theirs = concurrent.futures.Future()
+        wrapped = wrap_future(theirs)
+        theirs.cancel()
+        theirs.set_running_or_notify_cancel()
+        self.assertTrue(wrapped.cancelled())
+
+    def test_wrap_an_asyncio_future(self):
+        with loop_in_thread() as loop:
+            theirs = loop.create_future()
+            wrapped = wrap_future(theirs)
+            loop.call_soon_threadsafe(theirs.set_result, 4)
+            self.assertEqual(wrapped.result(SAFETY), 4)
+            theirs, ended = loop.create_future(), threading.Event()
+            loop.call_soon_threadsafe(theirs.add_done_callback, lambda _: ended.set())
+            self.assertTrue(wrap_future(theirs).cancel())
+            self.assertTrue(ended.wait(SAFETY) and theirs.cancelled())
+
+        async def main():
+            theirs = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(theirs.set_result, 6)
+            return await wrap_future(theirs)
+        self.assertEqual(asyncio.run(main()), 6)
+
+    def test_a_future_does_not_travel(self):
+        self.assertRaisesRegex(pickle.PicklingError, "future", pickle.dumps, BaseFuture())
+
+    def test_forgotten_waits_leave_nothing_behind(self):
+        future = BaseFuture()
+        sizes = []
+        for _ in range(3):
+            for _ in range(50):
+                for poll in (lambda: future.result(0.0001), lambda: gather([future], timeout=0),
+                             lambda: list(as_completed([future], timeout=0)), lambda: wait([future], timeout=0)):
+                    with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
+                        poll()
+            sizes.append(len(gc.get_referents(*future.__dict__.values())))
+        self.assertEqual(sizes[0], sizes[2])
+
+
+# === Waiting ===
+
+class WaitTests(CleanTestCase):
+    def test_wait_for_all_or_the_first_or_the_first_that_raised(self):
+        done, failed, pending = done_future(), done_future(error=KeyError()), BaseFuture()
+        self.assertEqual(concurry.wait([done, failed]), ({done, failed}, set()))
+        found = concurry.wait([done, pending], return_when=FIRST_COMPLETED)
+        self.assertEqual((found.done, found.not_done), ({done}, {pending}))
+        self.assertEqual(concurry.wait(iter([pending, failed]), return_when="first_exception"), ({failed}, {pending}))
+        self.assertEqual(concurry.wait([done, pending], 0, FIRST_EXCEPTION), ({done}, {pending}))
+        self.assertEqual(concurry.wait([]), (set(), set()))
+        self.assertRaisesRegex(ValueError, "ALL_COMPLETED", concurry.wait, [done], return_when="any")
+
+    def test_wait_wakes_when_it_should(self):
+        for when, settle, count in ((FIRST_COMPLETED, lambda f: f.set_result(1), 1),
+                                    (FIRST_EXCEPTION, lambda f: f.set_exception(KeyError()), 1),
+                                    (ALL_COMPLETED, lambda f: f.cancel(), 3)):
+            futures = [BaseFuture(), concurrent.futures.Future(), BaseFuture()]
+            ready = threading.Event()
+            waiting = in_thread(lambda: (ready.set(), concurry.wait(futures, SAFETY, when))[1])
+            ready.wait(SAFETY)
+            for future in futures[:count]:
+                settle(future)
+                if count > 1 and type(future) is not BaseFuture:
+                    future.set_running_or_notify_cancel()
+            self.assertEqual(waiting.result(SAFETY).done, set(futures[:count]))
+            for future in futures:
+                future.cancel()
+
+    def test_futures_of_every_kind(self):
+        with loop_in_thread() as loop:
+            foreign, theirs, ours = loop.create_future(), concurrent.futures.Future(), BaseFuture()
+            mixed = [foreign, theirs, ours]
+            waiting = [in_thread(gather, mixed), in_thread(lambda: list(as_completed(mixed, SAFETY))),
+                       in_thread(concurry.wait, mixed, SAFETY)]
+            loop.call_soon_threadsafe(foreign.set_result, 1)
+            theirs.set_result(2)
+            ours.set_result(3)
+            self.assertEqual(waiting[0].result(SAFETY), [1, 2, 3])
+            self.assertEqual(set(waiting[1].result(SAFETY)), set(mixed))
+            self.assertEqual(waiting[2].result(SAFETY).done, set(mixed))
+
+    def test_waiting_in_the_loop_that_would_settle_it_is_refused(self):
+        async def main():
+            future = asyncio.get_running_loop().create_future()
+            for stall in (concurry.wait, gather, as_completed):
+                with self.assertRaisesRegex(RuntimeError, "stall"):
+                    stall([future])
+            with self.assertRaisesRegex(RuntimeError, "stall"):
+                gather([[future]], recurse=True)
+            future.set_result(1)
+            self.assertEqual(gather([future]), [1])
+        asyncio.run(main())
+
+    def test_what_is_no_future(self):
+        for wait in (concurry.wait, as_completed):
+            self.assertRaisesRegex(TypeError, "int", wait, [3])
+        with self.assertRaisesRegex(TypeError, "int"):
+            asyncio.run(async_wait([3]))
+
+    def test_as_completed_yields_in_the_order_of_ending(self):
+        futures = [BaseFuture() for _ in range(3)]
+        futures[1].set_result(1)
+        finished = as_completed(futures + futures, timeout=SAFETY)
+        self.assertIs(next(finished), futures[1])
+        futures[2].cancel()
+        self.assertIs(next(finished), futures[2])
+        futures[0].set_exception(KeyError())
+        self.assertEqual(list(finished), [futures[0]])
+
+    def test_gather_keeps_order_and_shape(self):
+        a, b = done_future(result="a"), done_future(concurrent.futures.Future, "b")
+        self.assertEqual(gather(a, b), ["a", "b"])
+        self.assertEqual(gather([b, a, b]), ["b", "a", "b"])
+        self.assertEqual(gather((a, 3, None, "text")), ["a", 3, None, "text"])
+        self.assertEqual(gather(f for f in (a, b)), ["a", "b"])
+        self.assertEqual(gather({"x": a, "y": b, "z": 1}), {"x": "a", "y": "b", "z": 1})
+        self.assertEqual((gather(a), gather([]), gather(), gather({})), (["a"], [], [], {}))
+        self.assertEqual(gather([a, [b]])[1], [b])
+
+    def test_gather_looks_into_what_is_nested(self):
+        Point = collections.namedtuple("Point", "x y")
+        a, b = done_future(result="a"), done_future(result="b")
+        self.assertEqual(gather([a, {"k": (b, [a])}, Point(b, 1)], recurse=True),
+                         ["a", {"k": ("b", ["a"])}, Point("b", 1)])
+        self.assertEqual(gather({"x": [a], "y": {"z": b}}, recurse=True), {"x": ["a"], "y": {"z": "b"}})
+
+    def test_gather_raises_the_first_failure_as_soon_as_it_happens(self):
+        pending, error = [BaseFuture() for _ in range(3)], KeyError(1)
+        waiting = in_thread(gather, pending)
+        pending[1].set_exception(error)
+        self.assertIs(waiting.exception(SAFETY), error)
+        self.assertIs(in_thread(gather, pending[0], done_future(error=error)).exception(SAFETY), error)
+        pending[0].cancel()
+        self.assertIsInstance(in_thread(gather, [pending[2], pending[0]]).exception(SAFETY),
+                              concurrent.futures.CancelledError)
+
+    def test_gather_returns_exceptions(self):
+        error = KeyError(1)
+        found = gather([done_future(error=error), done_future(cancel=True), done_future(result=1)], return_exceptions=True)
+        self.assertIs(found[0], error)
+        self.assertIsInstance(found[1], concurrent.futures.CancelledError)
+        self.assertEqual(found[2], 1)
+
+    def test_gather_iterates_as_they_finish(self):
+        futures = {"a": BaseFuture(), "b": BaseFuture(), "c": 3}
+        pairs = gather(futures, iter=True)
+        self.assertEqual(next(pairs), ("c", 3))
+        futures["b"].set_result(2)
+        self.assertEqual(next(pairs), ("b", 2))
+        futures["a"].set_exception(KeyError())
+        self.assertRaises(KeyError, next, pairs)
+        late = BaseFuture()
+        pairs = gather(late, done_future(error=KeyError(5)), iter=True, return_exceptions=True)
+        self.assertEqual(repr(next(pairs)), "(1, KeyError(5))")
+        late.set_result("x")
+        self.assertEqual(list(pairs), [(0, "x")])
+
+    def test_gather_of_the_same_future_twice_iterates_both_places(self):
+        future = done_future(result=1)
+        self.assertEqual(list(gather([future, future], iter=True)), [(0, 1), (1, 1)])
+
+    def test_ten_thousand_futures_settled_by_many_threads(self):
+        futures = [BaseFuture() for _ in range(10_000)]
+        waiting = in_thread(gather, futures)
+        for part in range(4):
+            in_thread(lambda part: [f.set_result(n) for n, f in enumerate(futures) if n % 4 == part], part)
+        self.assertEqual(waiting.result(SAFETY), list(range(10_000)))
+
+
+class AsyncWaitTests(CleanTestCase):
+    def test_gather_and_wait_take_coroutines_and_everything_else(self):
+        async def main():
+            foreign = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(foreign.set_result, 1)
+            self.assertEqual(await async_gather(foreign, square_async(3), done_future(result=2), 5), [1, 9, 2, 5])
+            self.assertEqual(await async_gather({"a": square_async(2), "b": [foreign]}, recurse=True), {"a": 4, "b": [1]})
+            done, not_done = await async_wait([square_async(4), foreign], timeout=SAFETY)
+            self.assertEqual(({f.result() for f in done}, not_done), ({16, 1}, set()))
+        asyncio.run(main())
+
+    def test_the_loop_goes_on_meanwhile(self):
+        async def main():
+            future = BaseFuture()
+
+            async def settle():
+                future.set_result(7)
+            ours = asyncio.ensure_future(async_gather([future]))
+            await asyncio.sleep(0)
+            await settle()
+            self.assertEqual(await ours, [7])
+            pending = BaseFuture()
+            waiting = asyncio.ensure_future(async_wait([pending, future], return_when=ALL_COMPLETED))
+            await asyncio.sleep(0)
+            threading.Thread(target=pending.cancel).start()
+            self.assertEqual((await waiting).done, {pending, future})
+        asyncio.run(main())
+
+    def test_errors_come_at_once(self):
+        async def main():
+            pending, error = BaseFuture(), KeyError(1)
+            with self.assertRaises(KeyError):
+                await async_gather(pending, done_future(error=error))
+
+            async def fail():
+                raise error
+            self.assertEqual(await async_gather(fail(), return_exceptions=True), [error])
+            self.assertEqual(await async_wait([pending], timeout=0), (set(), {pending}))
+            done, not_done = await async_wait([pending, done_future(error=error)], return_when=FIRST_EXCEPTION)
+            self.assertEqual((len(done), not_done), (1, {pending}))
+        asyncio.run(main())
+
+    def test_iterating(self):
+        async def main():
+            slow = BaseFuture()
+            seen = []
+            async for key, value in async_gather({"slow": slow, "quick": square_async(2)}, iter=True, timeout=SAFETY):
+                seen.append((key, value))
+                slow.done() or slow.set_result(0)
+            return seen
+        self.assertEqual(asyncio.run(main()), [("quick", 4), ("slow", 0)])
+
+    def test_cancelling_the_wait_leaves_the_futures_alone(self):
+        async def main():
+            future = BaseFuture()
+            waiting = asyncio.ensure_future(async_wait([future]))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await waiting
+            self.assertFalse(future.done())
+        asyncio.run(main())
+
+
+# === Futures inside containers ===
+
+Point = collections.namedtuple("Point", "x y")
+
+
+class MyList(list):
+    pass
+
+
+class Shapes(Worker):
+    def echo(self, *args, **kwargs):
+        return args[0] if args else kwargs
+
+    def is_shared(self, x):
+        return x[0] is x[1]
+
+    def is_cyclic(self, x):
+        return x[1] is x and x[0]
+
+    def types_of(self, x):
+        return [type(y).__name__ for y in x]
+
+    def depth(self, x):
+        n = 0
+        while isinstance(x, list):
+            n, x = n + 1, x[0]
+        return n, x
+
+    def inner_of_tuple(self, x):
+        return x[1][0] is x and x[0]
+
+
+class UnwrapTests:
+    """Futures among the arguments become their results."""
+
+    def setUp(self):
+        self.worker = self.make(Shapes)
+        self.a, self.b = done_future(result="a"), done_future(concurrent.futures.Future, "b")
+
+    def test_in_containers_of_every_kind(self):
+        a, b = self.a, self.b
+        for given, seen in ((a, "a"), ([a, 1, b], ["a", 1, "b"]), ((a, (b,)), ("a", ("b",))), ({a}, {"a"}),
+                            (frozenset([b]), frozenset("b")), ({"x": a, "y": [b]}, {"x": "a", "y": ["b"]}),
+                            (Point(a, [b]), Point("a", ["b"])), ([[{"k": (a,)}]], [[{"k": ("a",)}]])):
+            result = self.worker.echo(given).result(SAFETY)
+            self.assertEqual((result, type(result)), (seen, type(seen)))
+        self.assertEqual(self.worker.echo(x=a, y=[b]).result(SAFETY), {"x": "a", "y": ["b"]})
+        self.assertEqual(self.worker.echo([self.worker.echo(1), self.worker.echo(2)]).result(SAFETY), [1, 2])
+
+    def test_shared_parts_stay_shared_and_cycles_closed(self):
+        inner = [self.a]
+        self.assertIs(self.worker.is_shared([inner, inner]).result(SAFETY), True)
+        cycle = [self.a]
+        cycle.append(cycle)
+        self.assertEqual(self.worker.is_cyclic(cycle).result(SAFETY), "a")
+        inner = [None]
+        outer = (self.a, inner)
+        inner[0] = outer
+        self.assertEqual(self.worker.inner_of_tuple(outer).result(SAFETY), "a")
+
+    def test_the_result_is_not_looked_into(self):
+        nested = done_future(result=[1, {"x": 2}])
+        self.assertEqual(self.worker.echo([nested]).result(SAFETY), [[1, {"x": 2}]])
+
+    def test_a_failed_dependency_fails_the_call(self):
+        error = KeyError("lost")
+        for given in (done_future(error=error), [self.a, done_future(concurrent.futures.Future, error=error)]):
+            self.assertIs(self.worker.echo(given).exception(SAFETY), error)
+
+    def test_a_cancelled_dependency_cancels_the_call(self):
+        for kind in (BaseFuture, concurrent.futures.Future):
+            future = self.worker.echo([done_future(kind, cancel=True)])
+            self.assertRaises(concurrent.futures.CancelledError, future.result, SAFETY)
+            self.assertTrue(future.cancelled())
+
+    def test_the_caller_is_not_blocked_and_others_overtake(self):
+        pending = BaseFuture(), BaseFuture()
+        waiting = self.worker.echo([*pending])
+        self.assertEqual(self.worker.echo("overtakes").result(SAFETY), "overtakes")
+        pending[0].set_result(1)
+        self.assertFalse(waiting.done())
+        pending[1].set_result(2)
+        self.assertEqual(waiting.result(SAFETY), [1, 2])
+
+    def test_a_pending_dependency_that_fails(self):
+        for settle, check in ((lambda f: f.set_exception(KeyError(1)), lambda c: repr(c.exception(SAFETY)) == "KeyError(1)"),
+                              (lambda f: f.cancel(), lambda c: concurrent.futures.wait([c], SAFETY) and c.cancelled())):
+            pending = BaseFuture()
+            waiting = self.worker.echo({"x": (pending,)})
+            settle(pending)
+            self.assertTrue(check(waiting))
+
+    def test_a_call_that_waits_can_be_cancelled(self):
+        pending = BaseFuture()
+        waiting = self.worker.echo(pending)
+        self.assertTrue(waiting.cancel() and waiting.cancelled())
+        pending.set_result(1)
+        self.assertEqual(self.worker.echo(2).result(SAFETY), 2)
+
+    def test_an_asyncio_future(self):
+        with loop_in_thread() as loop:
+            theirs = loop.create_future()
+            waiting = self.worker.echo([theirs, self.a])
+            loop.call_soon_threadsafe(theirs.set_result, 5)
+            self.assertEqual(waiting.result(SAFETY), [5, "a"])
+
+    def test_chains(self):
+        future = self.worker.echo(0)
+        for _ in range(50):
+            future = self.worker.echo([future])
+        self.assertEqual(self.worker.depth(future).result(SAFETY), (50, 0))
+
+    def test_a_long_chain_that_begins_with_a_pending_one(self):
+        first = future = BaseFuture()
+        for _ in range(500):
+            future = self.worker.echo(future)
+        first.set_result("end")
+        self.assertEqual(future.result(SAFETY), "end")
+
+
+class UnwrapHereTests:
+    """What can be seen only where the worker shares our memory."""
+
+    setUp = UnwrapTests.setUp
+
+    def test_without_a_future_the_same_object_is_passed_on(self):
+        for given in ([1, [2]], {"x": (1, {2})}, MyList([self.a]), collections.OrderedDict(x=self.a), {self.a: 1}):
+            self.assertIs(self.worker.echo(given).result(SAFETY), given)
+        inner = [1]
+        result = self.worker.echo([inner, self.a]).result(SAFETY)
+        self.assertIs(result[0], inner)
+
+    def test_any_depth(self):
+        deep = self.a
+        for _ in range(20_000):
+            deep = [deep]
+        self.assertEqual(self.worker.depth(deep).result(SAFETY), (20_000, "a"))
+
+    def test_unwrapping_turned_off(self):
+        worker = self.make(Shapes, unwrap_futures=False)
+        pending = BaseFuture()
+        self.assertIs(worker.echo(pending).result(SAFETY), pending)
+        self.assertEqual(worker.types_of([self.b]).result(SAFETY), ["Future"])
+
+
+over_modes(globals(), [UnwrapTests])
+over_modes(globals(), [UnwrapHereTests], ["sync", "thread", "asyncio"])
+
+
+# === Balancing ===
+
+class BalancerTests(CleanTestCase):
+    """The balancers alone: what they choose among backends that are made up."""
+
+    def choices(self, algorithm, loads, totals=None, room=10, n=1):
+        backends = [types.SimpleNamespace(index=n, calls=[None] * load, total=total)
+                    for n, (load, total) in enumerate(zip(loads, totals or loads))]
+        balancer = concurry._BALANCERS[LoadBalancingAlgorithm(algorithm)]()
+        found = [balancer.choose(backends, room) for _ in range(n)]
+        return [backend and backend.index for backend in found]
+
+    def test_round_robin(self):
+        self.assertEqual(self.choices("rr", [0, 0, 0], n=7), [0, 1, 2, 0, 1, 2, 0])
+        self.assertEqual(self.choices("rr", [0, 9, 0], room=9, n=4), [0, 2, 0, 2])
+
+    def test_the_fewest_in_flight_and_over_its_life(self):
+        self.assertEqual(self.choices("active", [3, 1, 2]), [1])
+        self.assertEqual(self.choices("active", [1, 0, 0]), [1])
+        self.assertEqual(self.choices("total", [0, 0, 0], [5, 3, 3]), [1])
+        self.assertEqual(self.choices("total", [9, 0, 0], [1, 3, 2], room=9), [2])
+
+    def test_random(self):
+        self.assertEqual(set(self.choices("random", [9, 0, 0], room=9, n=200)), {1, 2})
+
+    def test_nobody_has_room(self):
+        for algorithm in LoadBalancingAlgorithm:
+            self.assertEqual(self.choices(algorithm, [2, 2], room=2), [None])
+
+
+# === Calls, in every mode ===
+
+class Diary(Worker):
+    """Writes down where it lives and dies: a line of (event, process, thread)."""
+
+    def __init__(self, path):
+        self.path = path
+        self.write("init")
+
+    def write(self, event):
+        with open(self.path, "a") as file:
+            file.write(f"{event} {os.getpid()} {threading.get_ident()}\n")
+
+    async def call(self):
+        self.write("call")
+
+    def __del__(self):
+        self.write("del")
+
+
+class Looped(Worker):
+    def __init__(self):
+        self.lock = asyncio.Lock()
+        self.loop = asyncio.get_event_loop()
+        self.opened = asyncio.Event()
+
+    async def is_same_loop(self):
+        async with self.lock:
+            return asyncio.get_running_loop() is self.loop
+
+    async def meet(self):
+        await self.opened.wait()
+        return "met"
+
+    async def open(self):
+        self.opened.set()
+
+    async def forever(self, started):
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+    async def was_cancelled(self):
+        return self.cancelled
+
+    async def hold_loop(self, started, go):
+        started.set()
+        go.wait()
+
+    def plain_hold(self, started, go):
+        started.set()
+        go.wait()
+        return threading.get_ident()
+
+    async def ident(self):
+        return threading.get_ident()
+
+    def plain(self):
+        return "plain"
+
+    async def ask(self, handle):
+        return await handle.plain(), handle.plain().result(SAFETY)
+
+
+class Limited(Worker):
+    def __init__(self):
+        with self.limits.acquire():
+            self.granted = self.limits.try_acquire({"x": 3}).successful
+
+    def use(self):
+        with self.limits.acquire({"x": 10}, timeout=1) as acquired:
+            acquired.update(usage={"x": 3})
+        return self.granted, dict(acquired.config)
+
+    async def use_async(self):
+        async with self.limits.async_acquire({"x": 1}) as acquired:
+            acquired.update()
+        await self.limits.async_acquire()
+        return True
+
+
+class Conflicts(Worker):
+    """Names that the handle has too."""
+
+    def submit(self, x):
+        return "submit", x
+
+    def shutdown(self, wait="mine"):
+        return "shutdown", wait
+
+    def close(self):
+        return "close"
+
+    def mode(self):
+        return "mode"
+
+    def map(self):
+        return "map"
+
+    def blocking(self):
+        return "blocking"
+
+    def get_pool_stats(self):
+        return "stats"
+
+    def stop(self):
+        return "never called"
+
+
+class CallTests:
+    def test_state_order_and_arguments(self):
+        worker = self.make(Counter, 10)
+        self.assertEqual([f.result(SAFETY) for f in [worker.add(n) for n in range(5)]], [10, 11, 13, 16, 20])
+        self.assertEqual(worker.add(2, times=3).result(SAFETY), 26)
+        self.assertEqual(worker.echo(1, "x", y=None).result(SAFETY), ((1, "x"), {"y": None}))
+
+    def test_methods_of_every_kind(self):
+        worker = self.make(Counter)
+        self.assertEqual(worker.add_async(3).result(SAFETY), 3)
+        self.assertEqual(worker.plain(4).result(SAFETY), 8)
+        self.assertEqual(worker.name_of().result(SAFETY), "Counter")
+
+    def test_argument_names_are_the_users(self):
+        names = dict.fromkeys(["method", "args", "kwargs", "fn", "future", "call", "timeout", "name"], 1)
+        self.assertEqual(self.make(Counter).echo(**names).result(SAFETY), ((), names))
+
+    def test_the_future(self):
+        future = self.make(Counter).add(3)
+        self.assertIsInstance(future, BaseFuture)
+        self.assertEqual(concurrent.futures.wait([future], SAFETY).done, {future})
+        self.assertEqual(list(concurrent.futures.as_completed([future], SAFETY)), [future])
+
+        async def main():
+            worker = self.make(Counter)
+            return await worker.add(1), await asyncio.wrap_future(worker.add(1)), await worker.add_async(1)
+        self.assertEqual(asyncio.run(main()), (1, 2, 3))
+
+    def test_errors_keep_type_and_place(self):
+        worker = self.make(Counter)
+        for method in (worker.fail, worker.fail_async):
+            error = method(KeyError("x", 3)).exception(SAFETY)
+            self.assertEqual((type(error), error.args), (KeyError, ("x", 3)))
+            shown = "".join(traceback.format_exception(KeyError, error, error.__traceback__))
+            self.assertIn("raise error", shown)
+
+    def test_wrong_arguments_are_the_calls_error(self):
+        future = self.make(Counter).add(1, 2, 3)
+        self.assertRaisesRegex(TypeError, "add", future.result, SAFETY)
+
+    def test_any_base_exception_stays_in_its_future(self):
+        worker = self.make(Counter)
+        for error in (SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), StopIteration(5),
+                      concurrent.futures.CancelledError(), BaseException("x"), StopAsyncIteration()):
+            # Python makes a RuntimeError of a StopIteration in a coroutine.
+            for method in (worker.fail, worker.fail_async)[:1 if isinstance(error, StopIteration) else 2]:
+                if self.mode == "sync" and isinstance(error, (SystemExit, KeyboardInterrupt)):
+                    self.assertRaises(type(error), method, error)
+                else:
+                    future = method(error)
+                    concurrent.futures.wait([future], SAFETY)
+                    found = concurrent.futures.CancelledError() if future.cancelled() else future.exception(0)
+                    self.assertIs(type(found), type(error))
+        self.assertEqual(worker.add_async().result(SAFETY), 1)
+        self.assertEqual(worker.add().result(SAFETY), 2)
+
+    def test_blocking(self):
+        worker = self.make(Counter, blocking=True)
+        self.assertEqual((worker.add(2), worker.add_async(2), worker.blocking), (2, 4, True))
+        self.assertRaises(KeyError, worker.fail, KeyError())
+
+    def test_names_that_cannot_be_called(self):
+        worker = self.make(Counter)
+        with self.assertRaisesRegex(AttributeError, "private"):
+            worker._private
+        for name in ("kind", "size", "twice"):
+            with self.assertRaisesRegex(AttributeError, f"{name}.*only methods can be called from outside"):
+                getattr(worker, name)
+        with self.assertRaisesRegex(AttributeError, "ad_async.*'add_async'"):
+            worker.ad_async
+        self.assertFalse(hasattr(worker, "count"))
+        self.assertTrue(hasattr(worker, "add"))
+
+    def test_options_are_attributes_of_the_handle(self):
+        worker = self.make(Counter, max_workers=1, unwrap_futures=False)
+        self.assertEqual((worker.mode, worker.blocking, worker.max_workers, worker.unwrap_futures, worker.on_demand),
+                         (ExecutionMode(self.mode), False, 1, False, False))
+        for name in ("blocking", "mode", "anything"):
+            with self.assertRaises(AttributeError):
+                setattr(worker, name, True)
+        with self.assertRaises(AttributeError):
+            del worker.blocking
+        self.assertEqual(worker.add().result(SAFETY), 1)
+
+    def test_methods_of_the_users_class_win(self):
+        worker = self.make(Conflicts)
+        self.assertEqual(worker.submit(1).result(SAFETY), ("submit", 1))
+        self.assertEqual(worker.shutdown().result(SAFETY), ("shutdown", "mine"))
+        for name in ("close", "mode", "map", "blocking"):
+            self.assertEqual(getattr(worker, name)().result(SAFETY), name)
+        self.assertEqual(worker.get_pool_stats().result(SAFETY), "stats")
+        self.assertIsNone(worker.stop())
+        self.assertRaises(RuntimeError, worker.submit, 1)
+        with self.make(Conflicts) as worker:
+            future = worker.submit(2)
+        self.assertEqual(future.result(0), ("submit", 2))
+
+    def test_the_object_lives_and_dies_in_its_worker(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "diary")
+            worker = self.make(Diary, path)
+            worker.call().result(SAFETY)
+            worker.stop()
+            lines = [line.split() for line in open_and_read(path).splitlines()]
+        self.assertEqual([line[0] for line in lines], ["init", "call", "del"])
+        self.assertEqual(len({tuple(line[1:]) for line in lines}), 1)
+        here = str(os.getpid()), str(threading.get_ident())
+        self.assertEqual(tuple(lines[0][1:]) == here, self.mode == "sync")
+        self.assertEqual(lines[0][1] == here[0], self.mode != "process")
+
+    def test_limits_are_always_there(self):
+        worker = self.make(Limited)
+        self.assertEqual(worker.use().result(SAFETY), (True, {}))
+        self.assertIs(worker.use_async().result(SAFETY), True)
+        self.assertEqual(Limited().use(), (True, {}))
+
+    def test_one_loop_for_the_life_of_the_worker(self):
+        if self.mode == "sync":
+            return                  # the loop of the caller's thread is the caller's
+        worker = self.make(Looped)
+        self.assertEqual([worker.is_same_loop().result(SAFETY) for _ in range(2)], [True, True])
+
+    def test_a_constructor_that_raises(self):
+        error = KeyError("no", 1)
+        with self.assertRaises(KeyError) as caught:
+            Counter.options(mode=self.mode).init(fail=error)
+        self.assertEqual(caught.exception.args, error.args)
+
+    def test_a_constructor_that_exits(self):
+        for error in (SystemExit(3), KeyboardInterrupt()):
+            expected = WorkerDiedError if self.mode != "sync" and type(error) is SystemExit else type(error)
+            with self.assertRaises(expected):
+                Counter.options(mode=self.mode).init(fail=error)
+
+    def test_wrong_constructor_arguments(self):
+        with self.assertRaisesRegex(TypeError, "unknown"):
+            Counter.options(mode=self.mode).init(unknown=1)
+
+    def test_many_callers_at_once(self):
+        worker = self.make(Counter)
+        futures = [in_thread(lambda: gather([worker.add() for _ in range(20)])) for _ in range(4)]
+        seen = sorted(itertools.chain(*gather(futures)))
+        if self.mode != "sync":             # its calls run in the callers' threads
+            self.assertEqual(seen, list(range(1, 81)))
+
+    def test_coroutine_methods_from_inside_a_running_loop(self):
+        async def main():
+            return self.make(Counter).add_async(3).result(SAFETY)
+        self.assertEqual(asyncio.run(main()), 3)
+
+
+over_modes(globals(), [CallTests])
+
+
+class InOneProcessTests:
+    """Sync, thread and asyncio: the worker shares our memory."""
+
+    def test_context_variables_of_the_submitter(self):
+        variable.set("outside")
+        worker = self.make(Contextual)
+        variable.set("at submit")
+        futures = [worker.read(), worker.read_async()]
+        waiting = BaseFuture()
+        futures.append(worker.read(waiting))
+        variable.set("later")
+        waiting.set_result(1)
+        self.assertEqual(gather(futures), ["at submit"] * 3)
+        worker.write("by the call").result(SAFETY)
+        self.assertEqual(variable.get(), "later")
+
+    def test_an_idle_worker_keeps_nothing_alive(self):
+        worker = self.make(Counter)
+
+        class Thing:
+            pass
+        for method in (worker.echo, worker.echo_async):
+            thing, gone = Thing(), threading.Event()
+            weakref.finalize(thing, gone.set)
+            self.assertIs(method(thing).result(SAFETY), thing)
+            del thing
+            self.assertTrue(gone.wait(SAFETY))
+
+    def test_a_constructor_that_raises_leaves_nothing(self):
+        gc.disable()
+        self.addCleanup(gc.enable)
+        before = descriptors(), set(threading.enumerate())
+        self.assertRaises(KeyError, Counter.options(mode=self.mode).init, fail=KeyError())
+        for thread in set(threading.enumerate()) - before[1]:
+            thread.join(SAFETY)
+        self.assertEqual((descriptors(), set(threading.enumerate())), before)
+
+    def test_results_and_errors_are_the_same_objects(self):
+        worker, thing, error = self.make(Counter), object(), KeyError()
+        self.assertIs(worker.echo(thing).result(SAFETY), thing)
+        self.assertIs(worker.fail(error).exception(SAFETY), error)
+
+    def test_a_handle_as_an_argument(self):
+        worker = self.make(Counter)
+        self.assertIs(worker.echo(worker).result(SAFETY), worker)
+
+    def test_a_worker_inside_a_worker(self):
+        outer = self.make(Nest, self.mode)
+        self.assertEqual(outer.ask(4).result(SAFETY), 4)
+        self.assertEqual(outer.ask_async(4).result(SAFETY), 8)
+
+
+variable = contextvars.ContextVar("variable", default="unset")
+
+
+class Contextual(Worker):
+    def read(self, _=None):
+        return variable.get()
+
+    async def read_async(self):
+        await asyncio.sleep(0)
+        return variable.get()
+
+    def write(self, value):
+        variable.set(value)
+
+
+class Nest(Worker):
+    def __init__(self, mode):
+        self.inner = Counter.options(mode=mode).init()
+
+    def ask(self, n):
+        return self.inner.add(n).result(SAFETY)
+
+    async def ask_async(self, n):
+        return await self.inner.add_async(n)
+
+
+over_modes(globals(), [InOneProcessTests], ["sync", "thread", "asyncio"])
+
+
+class TravelArgumentTests(CleanTestCase):
+    def test_a_handle_does_not_travel(self):
+        worker = self.start(Counter, mode="process")
+        for given in (worker, self.start(Counter, mode="sync")):
+            self.assertRaisesRegex(pickle.PicklingError, "handle|worker", worker.echo(given).result, SAFETY)
+        worker = self.start(Counter, mode="process", unwrap_futures=False)
+        self.assertRaisesRegex(pickle.PicklingError, "future", worker.echo(BaseFuture()).result, SAFETY)
+
+
+class SyncTests(CleanTestCase):
+    def test_calls_run_at_once_in_the_callers_thread(self):
+        worker = self.start(Counter, mode="sync")
+        self.assertTrue(worker.add().done())
+        self.assertTrue(worker.add_async().done())
+        where = self.start(TaskWorker, mode="sync").submit(threading.get_ident).result(0)
+        self.assertEqual(where, threading.get_ident())
+
+    def test_an_interrupt_is_stored_and_raised(self):
+        for error in (KeyboardInterrupt, SystemExit):
+            pool = self.start(TaskWorker, mode="sync")
+
+            def interrupted(future):
+                raise error("stored")
+            with self.assertRaises(error):
+                pool.submit(interrupted, 1)
+            waiting = BaseFuture()          # here the caller is gone: only stored
+            late = pool.submit(interrupted, waiting)
+            waiting.set_result(1)
+            self.assertIsInstance(late.exception(SAFETY), error)
+            self.assertEqual(pool.submit(square, 3).result(0), 9)
+
+    def test_a_call_within_a_call(self):
+        pool = self.start(TaskWorker, mode="sync")
+        self.assertEqual(pool.submit(lambda: pool.submit(square, 3).result() + 1).result(), 10)
+
+        async def outer():
+            return pool.submit(square_async, 3).result()
+        self.assertEqual(pool.submit(outer).result(), 9)
+
+
+class AsyncioTests(CleanTestCase):
+    def setUp(self):
+        self.worker = self.start(Looped, mode="asyncio")
+
+    def test_coroutines_interleave(self):
+        meeting = [self.worker.meet() for _ in range(3)]
+        self.worker.open()
+        self.assertEqual(gather(meeting), ["met"] * 3)
+
+    def test_plain_methods_run_beside_the_loop(self):
+        started, go = self.flag(), self.flag()
+        beside = self.worker.plain_hold(started, go)
+        started.wait()
+        loops = self.worker.ident().result(SAFETY)
+        go.set()
+        self.assertNotEqual(beside.result(SAFETY), loops)
+
+    def test_a_coroutine_asks_its_own_worker(self):
+        self.assertEqual(self.worker.ask(self.worker).result(SAFETY), ("plain", "plain"))
+
+    def test_cancel_of_a_running_coroutine(self):
+        started = self.flag()
+        future = self.worker.forever(started)
+        started.wait()
+        self.assertTrue(future.cancel())
+        self.assertRaises(concurrent.futures.CancelledError, future.result, SAFETY)
+        self.assertIs(self.worker.was_cancelled().result(SAFETY), True)
+
+    def test_cancel_of_a_coroutine_that_has_not_begun(self):
+        started, go = self.flag(), self.flag()
+        held = self.worker.hold_loop(started, go)
+        started.wait()
+        future = self.worker.meet()
+        self.assertTrue(future.cancel() and future.cancelled())
+        go.set()
+        held.result(SAFETY)
+
+    def test_a_constructor_that_fails_before_the_second_thread_starts(self):
+        start = threading.Thread.start
+
+        def start_and_wait(thread):
+            start(thread)
+            thread.join(0.1)
+        with unittest.mock.patch.object(threading.Thread, "start", start_and_wait), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.assertRaises(KeyError, Counter.options(mode="asyncio").init, fail=KeyError())
+
+    def test_a_task_left_by_a_call_that_exits_does_not_end_the_loop(self):
+        pool, tasks = self.start(TaskWorker, mode="asyncio"), []
+
+        async def leave():
+            async def exits():
+                raise SystemExit(3)
+            tasks.append(asyncio.ensure_future(exits()))
+        with self.log_of(level="ERROR"):
+            pool.submit(leave).result(SAFETY)
+            self.assertEqual(pool.submit(square_async, 3).result(SAFETY), 9)
+            pool.stop()
+        self.assertIsInstance(tasks[0].exception(), SystemExit)
+
+
+# === Cancelling ===
+
+class CallCancelTests:
+    def test_a_call_that_has_not_begun_never_runs(self):
+        worker = self.make(Counter)
+        started, go = self.flag(), self.flag()
+        held = worker.hold(started, go)
+        started.wait()
+        waiting = [worker.add() for _ in range(3)]
+        told = in_thread(gather, waiting[1])
+        self.assertTrue(waiting[1].cancel() and waiting[1].cancelled() and waiting[1].done())
+        self.assertIsInstance(told.exception(SAFETY), concurrent.futures.CancelledError)
+        self.assertFalse(held.cancel())
+        go.set()
+        self.assertEqual(held.result(SAFETY), "held")
+        self.assertEqual([waiting[0].result(SAFETY), waiting[2].result(SAFETY)], [1, 2])
+        self.assertFalse(waiting[0].cancel())
+
+    def test_cancel_races_with_the_result(self):
+        worker = self.make(Counter, max_queued_tasks=None)
+        cancelled, futures = 0, []
+        for _ in range(200):
+            futures.append(worker.add())
+            cancelled += futures[-1].cancel()
+        self.assertEqual(sum(f.cancelled() for f in futures), cancelled)
+        results = [f.result(SAFETY) for f in futures if not f.cancelled()]
+        self.assertEqual(results, list(range(1, 201 - cancelled)))
+        self.assertEqual(worker.add().result(SAFETY), 201 - cancelled)
+
+    def test_cancel_of_an_awaiting_task(self):
+        worker = self.make(Counter)
+        started, go = self.flag(), self.flag()
+        held = worker.hold(started, go)
+        started.wait()
+
+        async def main():
+            future = worker.add()
+            waiting = asyncio.wrap_future(future)
+            waiting.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await waiting
+            await asyncio.sleep(0)
+            return future
+        future = asyncio.run(main())
+        go.set()
+        self.assertEqual(held.result(SAFETY), "held")
+        self.assertTrue(future.cancelled())
+        self.assertEqual(worker.add().result(SAFETY), 1)
+
+
+over_modes(globals(), [CallCancelTests], ["thread", "process", "asyncio"])
+
+
+# === The submission queue ===
+
+class QueueTests:
+    """`max_queued_tasks`: what fills the queue, who blocks, what wakes them."""
+
+    def full(self, n=2, **options):
+        """Return a worker whose queue is full: its one running call, which `self.go` ends, and n - 1 more."""
+        self.worker = self.make(Counter, max_queued_tasks=n, **options)
+        self.started, self.go = self.flag(), self.flag()
+        self.addCleanup(self.go.set)
+        self.held = self.worker.hold(self.started, self.go)
+        # Not ended by its safety timeout: nobody blocked.
+        self.addCleanup(lambda: self.assertEqual(self.held.result(SAFETY), "held"))
+        self.started.wait()
+        self.queued = [self.worker.add() for _ in range(n - 1)]
+        return self.worker
+
+    def blocked(self, fn, *args):
+        """Call in a thread, where it is expected to block; return when it has come to that."""
+        real, reached = concurry._Pool._wait_for_place, threading.Event()
+
+        def seen(pool, call, deadline):
+            reached.set()
+            return real(pool, call, deadline)
+        with unittest.mock.patch.object(concurry._Pool, "_wait_for_place", seen):
+            submitting = in_thread(fn, *args)
+            self.assertTrue(reached.wait(SAFETY))
+        self.assertFalse(submitting.done())
+        return submitting
+
+    def test_a_full_queue_blocks_until_a_call_completes(self):
+        worker = self.full()
+        submitting = self.blocked(worker.add)
+        self.assertEqual(concurry.wait([submitting], 0.05).not_done, {submitting})
+        self.go.set()
+        self.assertEqual(submitting.result(SAFETY).result(SAFETY), 2)
+
+    def test_cancel_releases_the_blocked(self):
+        submitting = self.blocked(self.full().add)
+        self.assertTrue(self.queued[0].cancel())
+        future = submitting.result(SAFETY)
+        self.go.set()
+        self.assertEqual(future.result(SAFETY), 1)
+
+    def test_an_error_releases_the_blocked(self):
+        worker = self.make(Counter, max_queued_tasks=1)
+        started, go = self.flag(), self.flag()
+        held = self.start(TaskWorker, mode=self.mode, max_queued_tasks=1)
+        failing = held.submit(hold_and_fail, started, go)
+        started.wait()
+        submitting = self.blocked(held.submit, square, 3)
+        go.set()
+        self.assertEqual(submitting.result(SAFETY).result(SAFETY), 9)
+        self.assertIsInstance(failing.exception(SAFETY), KeyError)
+        self.assertEqual(worker.add().result(SAFETY), 1)
+
+    def test_stop_releases_the_blocked(self):
+        worker = self.full()
+        submitting = self.blocked(worker.add)
+        with self.log_of() as log:
+            stopping = in_thread(worker.stop)
+            future = submitting.result(SAFETY)
+        self.assertTrue(future.cancelled())
+        self.assertRegex("".join(log.output), "2 calls")
+        self.go.set()
+        stopping.result(SAFETY)
+        self.assertEqual(self.held.result(0), "held")
+
+    def test_the_blocked_wake_in_order(self):
+        worker = self.full(n=1)
+        submitting = [self.blocked(worker.add, n) for n in (1, 10, 100)]
+        self.go.set()
+        self.assertEqual(gather(gather(submitting)), [1, 11, 111])
+
+    def test_the_place_is_free_before_a_waiter_wakes(self):
+        worker = self.make(Counter, max_queued_tasks=1)
+        with unittest.mock.patch.object(concurry._Pool, "_wait_for_place", lambda *_: self.fail("the queue is full")):
+            for n in range(200):
+                self.assertEqual(worker.add().result(SAFETY), n + 1)
+
+    def test_a_done_callback_does_not_block(self):
+        worker = self.full(n=1)
+        results = []
+        future = BaseFuture()
+        future.add_done_callback(lambda _: results.append(worker.add()))
+        future.set_result(None)
+        self.go.set()
+        self.assertEqual(results[0].result(SAFETY), 1)
+
+    def test_a_callback_of_its_own_call_submits(self):
+        worker, chained = self.full(n=1), BaseFuture()
+        self.held.add_done_callback(lambda _: worker.add().add_done_callback(lambda f: chained.set_result(f.result())))
+        self.go.set()
+        self.assertEqual(chained.result(SAFETY), 1)
+
+    def test_a_signal_handler_does_not_block(self):
+        worker, results = self.full(n=1), []
+        before = signal.signal(signal.SIGUSR1, lambda *_: results.append(worker.add()))
+        self.addCleanup(signal.signal, signal.SIGUSR1, before)
+        signal.raise_signal(signal.SIGUSR1)
+        self.assertEqual(len(results), 1)
+        self.go.set()
+        self.assertEqual(results[0].result(SAFETY), 1)
+
+    def test_a_finalizer_does_not_block(self):
+        worker, results = self.full(n=1), []
+
+        class Last:
+            def __del__(self):
+                results.append(worker.add())
+        Last()
+        gc.collect()
+        self.go.set()
+        self.assertEqual(results[0].result(SAFETY), 1)
+
+    def test_a_running_loop_does_not_block(self):
+        worker = self.full(n=1)
+
+        async def main():
+            future = worker.add()
+            self.go.set()
+            return await future
+        self.assertEqual(asyncio.run(main()), 1)
+
+    def test_a_call_that_waits_for_its_dependencies_holds_no_place(self):
+        pending = BaseFuture()
+        worker = self.make(Counter, max_queued_tasks=1)
+        waiting = [worker.add(pending) for _ in range(5)]
+        self.assertEqual(worker.add().result(SAFETY), 1)
+        pending.set_result(10)
+        self.assertEqual(gather(waiting), [11, 21, 31, 41, 51])
+
+    def test_no_bound(self):
+        worker = self.make(Counter, max_queued_tasks=None)
+        started, go = self.flag(), self.flag()
+        worker.hold(started, go)
+        futures = [worker.add() for _ in range(300)]
+        go.set()
+        self.assertEqual(gather(futures), list(range(1, 301)))
+
+    def test_the_bound_is_per_worker(self):
+        pool = self.make(Counter, max_queued_tasks=2, max_workers=2)
+        go = self.flag()
+        started = [self.flag() for _ in range(2)]
+        held = [pool.hold(flag, go) for flag in started]
+        for flag in started:
+            flag.wait()
+        queued = [pool.add(), pool.add()]
+        submitting = self.blocked(pool.add)
+        go.set()
+        self.assertEqual(submitting.result(SAFETY).result(SAFETY) + gather(queued)[0], 3)
+        gather(held)
+
+
+def hold_and_fail(started, go):
+    hold(started, go)
+    raise KeyError("held")
+
+
+over_modes(globals(), [QueueTests], ["thread", "process"])
+
+
+class UnboundedTests:
+    """Those whom the bound passes by."""
+
+    def test_sync_asyncio_and_blocking_handles(self):
+        for options in ({"max_queued_tasks": 1}, {"max_queued_tasks": 1, "blocking": True}):
+            worker = self.make(Counter, **options)
+            found = [worker.add() for _ in range(20)]
+            self.assertEqual(found[-1] if "blocking" in options else found[-1].result(SAFETY), 20)
+
+
+over_modes(globals(), [UnboundedTests], ["sync", "asyncio"])
+
+
+class ParkedTests(CleanTestCase):
+    """A call or a callback that submits to a full queue (FAULTS 36)."""
+
+    def test_a_call_submits_to_its_own_full_pool(self):
+        for options in ({"max_workers": 1}, {"max_workers": 2}):
+            pool = self.start(TaskWorker, mode="thread", max_queued_tasks=1, **options)
+
+            def outer():
+                return [pool.submit(square, n) for n in range(5)]
+            self.assertEqual(gather(pool.submit(outer).result(SAFETY)), [0, 1, 4, 9, 16])
+
+            async def outer_async():
+                return [pool.submit(square, n) for n in range(5)]
+            self.assertEqual(gather(pool.submit(outer_async).result(SAFETY)), [0, 1, 4, 9, 16])
+
+    def test_callbacks_submit_to_each_others_full_pools(self):
+        pools = [self.start(TaskWorker, mode=mode, max_queued_tasks=1) for mode in ("thread", "process")]
+        ends = [BaseFuture(), BaseFuture()]
+        for pool, other, end in zip(pools, reversed(pools), ends):
+            def chain(future, other=other, end=end):
+                other.submit(square, future.result()).add_done_callback(lambda f: end.set_result(f.result()))
+            pool.submit(square, 3).add_done_callback(chain)
+        self.assertEqual(gather(ends), [81, 81])
+
+    def test_a_blocking_call_on_another_worker_from_a_call(self):
+        outer, inner = (self.start(TaskWorker, mode="thread", blocking=True) for _ in range(2))
+        self.assertEqual(outer.submit(lambda: inner.submit(square, 3)), 9)
+
+    def test_many_submitters_and_a_small_queue(self):
+        pool = self.start(TaskWorker, mode="thread", max_workers=3, max_queued_tasks=2)
+        runs = [in_thread(lambda n: sum(pool.submit(square, n).result(SAFETY) for _ in range(100)), n) for n in range(6)]
+        self.assertEqual(gather(runs), [100 * n * n for n in range(6)])
+        self.assertEqual(pool.get_pool_stats()["load_balancer"]["total_dispatched"], 600)
+
+
+# === Pools ===
+
+class Place(Worker):
+    """Knows which instance it is."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def where(self):
+        self.calls += 1
+        return f"{os.getpid()}-{threading.get_ident()}", self.calls
+
+    def hold(self, started, go):
+        started.set()
+        go.wait()
+        return self.where()[0]
+
+
+class PoolTests:
+    def test_every_worker_has_its_own_instance(self):
+        pool = self.make(Place, max_workers=3)
+        seen = gather([pool.where() for _ in range(6)])
+        self.assertEqual(seen[:3], [(place, 1) for place, _ in seen[:3]])
+        self.assertEqual(seen[3:], [(place, 2) for place, _ in seen[:3]])
+        self.assertEqual(len(set(seen)), 6)
+
+    def test_least_active_takes_the_idle_one(self):
+        pool = self.make(Place, max_workers=2, load_balancing="active")
+        started, go = self.flag(), self.flag()
+        held = pool.hold(started, go)
+        started.wait()
+        seen = {pool.where().result(SAFETY)[0] for _ in range(3)}
+        stats = pool.get_pool_stats()["load_balancer"]
+        go.set()
+        self.assertEqual(len(seen - {held.result(SAFETY)}), 1)
+        self.assertEqual((stats["algorithm"], stats["total_dispatched"], stats["active_calls"], stats["total_active"]),
+                         ("LeastActiveLoad", 4, {0: 1, 1: 0}, 1))
+
+    def test_least_total(self):
+        pool = self.make(Place, max_workers=2, load_balancing="total")
+        seen = [pool.where().result(SAFETY)[0] for _ in range(4)]
+        self.assertEqual((seen[0] == seen[2], seen[1] == seen[3], len(set(seen))), (True, True, 2))
+        stats = pool.get_pool_stats()["load_balancer"]
+        self.assertEqual((stats["algorithm"], stats["total_calls"]), ("LeastTotalLoad", {0: 2, 1: 2}))
+
+    def test_stats(self):
+        pool = self.make(Place, max_workers=2)
+        gather([pool.where() for _ in range(3)])
+        stats = pool.get_pool_stats()
+        self.assertEqual(stats, {**stats, "total_workers": 2, "max_workers": 2, "on_demand": False, "on_demand_active": 0,
+                                 "restarts": 0, "stopped": False,
+                                 "max_queued_tasks": {"thread": 100, "process": 5}[self.mode]})
+        self.assertEqual(stats["load_balancer"], {"algorithm": "RoundRobin", "total_dispatched": 3})
+        pool.stop()
+        self.assertIs(pool.get_pool_stats()["stopped"], True)
+        self.assertEqual(self.make(Place, load_balancing="random").get_pool_stats()["load_balancer"]["algorithm"], "Random")
+
+    def test_one_constructor_of_many_that_raises(self):
+        with tempfile.TemporaryDirectory() as folder, self.assertRaisesRegex(KeyError, "third"):
+            Third.options(mode=self.mode, max_workers=3).init(folder)
+
+    def test_on_demand_makes_an_object_for_each_call(self):
+        pool = self.make(Place, on_demand=True, max_workers=2)
+        self.assertEqual([calls for _, calls in gather([pool.where() for _ in range(6)])], [1] * 6)
+        self.assertEqual((pool.on_demand, pool.load_balancing), (True, LoadBalancingAlgorithm.Random))
+
+    def test_on_demand_calls_wait_in_line(self):
+        pool = self.make(Place, on_demand=True, max_workers=2, max_queued_tasks=1)
+        go, started = self.flag(), [self.flag() for _ in range(2)]
+        held = [pool.hold(flag, go) for flag in started]
+        for flag in started:
+            flag.wait()
+        waiting = [pool.where() for _ in range(10)]
+        self.assertEqual(pool.get_pool_stats()["on_demand_active"], 2)
+        self.assertTrue(waiting[-1].cancel())
+        go.set()
+        self.assertEqual(len(gather(held + waiting[:-1])), 11)
+
+    def test_an_on_demand_constructor_that_raises(self):
+        pool = Counter.options(mode=self.mode, on_demand=True).init(fail=KeyError("lazy"))
+        self.addCleanup(pool.stop)
+        for _ in range(2):
+            self.assertIsInstance(pool.add().exception(SAFETY), KeyError)
+
+    def test_idle_on_demand_task_workers_go(self):
+        pool = self.make(TaskWorker, on_demand=True, max_workers=2, on_demand_linger=0)
+        self.assertEqual(gather([pool.submit(square, n) for n in range(4)]), [0, 1, 4, 9])
+        ended = [backend.ended for backend in pool._pool.backends]
+        self.assertEqual(concurry.wait(ended, SAFETY).not_done, set())
+        self.assertEqual(pool.get_pool_stats()["total_workers"], 0)
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+
+    def test_a_lingering_task_worker_serves_the_next_call(self):
+        pool = self.make(TaskWorker, on_demand=True, max_workers=1, on_demand_linger=SAFETY)
+        where = [pool.submit(identity).result(SAFETY) for _ in range(3)]
+        self.assertEqual(len(set(where)), 1)
+
+
+def identity():
+    return os.getpid(), threading.get_ident()
+
+
+class Third(Worker):
+    """The third to be built fails."""
+
+    def __init__(self, folder):
+        for n in itertools.count():
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.join(folder, str(n)))
+                break
+        if n == 2:
+            raise KeyError("third")
+
+
+over_modes(globals(), [PoolTests], ["thread", "process"])
+
+
+# === Ending ===
+
+class EndTests:
+    """`stop` drops, `with` and `shutdown` finish (SPEC 14.1, 14.2; FAULTS 17)."""
+
+    def test_after_stop(self):
+        for end in ("stop", "close"):
+            worker = self.make(Counter)
+            done = worker.add()
+            done.result(SAFETY)
+            self.assertIsNone(getattr(worker, end)())
+            for call in (worker.add, worker.add_async, worker.stop and (lambda: worker.echo(BaseFuture()))):
+                self.assertRaisesRegex(RuntimeError, "Counter.*stopped", call)
+            self.assertIsNone(worker.stop())
+            self.assertEqual(done.result(0), 1)
+
+    def test_contextlib_closing(self):
+        with contextlib.closing(self.make(Counter)) as worker:
+            worker.add().result(SAFETY)
+        self.assertRaises(RuntimeError, worker.add)
+
+    def test_with_finishes(self):
+        with self.make(Counter) as worker:
+            futures = [worker.add() for _ in range(5)] + [worker.add_async()]
+        self.assertTrue(all(future.done() and not future.cancelled() for future in futures))
+        self.assertRaisesRegex(RuntimeError, "Counter", worker.add)
+
+    def test_with_finishes_on_an_ordinary_error_too(self):
+        with self.assertRaisesRegex(KeyError, "body"), self.make(Counter) as worker:
+            future = worker.add()
+            raise KeyError("body")
+        self.assertEqual(future.result(0), 1)
+
+    def test_async_with_finishes(self):
+        async def main():
+            async with self.make(Counter) as worker:
+                futures = [worker.add(), worker.add_async()]
+            return worker, [future.result(0) for future in futures]
+        worker, results = asyncio.run(main())
+        self.assertEqual(sorted(results), [1, 2])
+        self.assertRaises(RuntimeError, worker.add)
+
+    def test_shutdown_finishes_what_waits_for_a_dependency(self):
+        worker, pending = self.make(Counter), BaseFuture()
+        waiting = worker.add(pending)
+        self.assertIsNone(worker.shutdown(wait=False))
+        self.assertRaises(RuntimeError, worker.add)
+        ending = in_thread(worker.shutdown)
+        pending.set_result(4)
+        ending.result(SAFETY)
+        self.assertEqual(waiting.result(0), 4)
+
+    def test_stop_cancels_what_waits_for_a_dependency(self):
+        worker, pending = self.make(Counter), BaseFuture()
+        waiting = worker.add(pending)
+        with self.log_of() as log:
+            worker.stop()
+        self.assertTrue(waiting.cancelled())
+        self.assertIn("1 call", log.output[0])
+        pending.set_result(1)
+
+    def test_stop_from_two_threads(self):
+        worker = self.make(Counter)
+        worker.add().result(SAFETY)
+        barrier = threading.Barrier(2)
+        self.assertEqual(gather([in_thread(lambda: (barrier.wait(SAFETY), worker.stop())[1]) for _ in range(2)]), [None] * 2)
+
+    def test_stop_from_a_done_callback(self):
+        worker, stopped = self.make(Counter), BaseFuture()
+
+        def stop(future):
+            worker.stop()
+            stopped.set_result(future.result())
+        worker.add(5).add_done_callback(stop)
+        self.assertEqual(stopped.result(SAFETY), 5)
+        self.assertRaises(RuntimeError, worker.add)
+
+    def test_shutdown_twice_and_after_stop(self):
+        worker = self.make(Counter)
+        for end in (worker.shutdown, worker.shutdown, worker.stop, worker.shutdown, lambda: worker.__exit__(None, None, None)):
+            self.assertIsNone(end())
+
+    def test_an_interrupt_in_the_body_stops(self):
+        for error in (KeyboardInterrupt, SystemExit):
+            with self.assertRaises(error), self.make(Counter) as worker:
+                raise error
+            self.assertRaises(RuntimeError, worker.add)
+
+    def test_a_dropped_handle_finishes_what_was_submitted(self):
+        worker = Counter.options(mode=self.mode).init()
+        futures = [worker.add() for _ in range(3)]
+        ended = [backend.ended for backend in worker._pool.backends]
+        gone = weakref.ref(worker)
+        del worker
+        gc.collect()
+        self.assertIsNone(gone())
+        self.assertEqual(gather(futures), [1, 2, 3])
+        self.assertEqual(concurry.wait(ended, SAFETY).not_done, set())
+
+    def test_a_cached_method_does_not_keep_the_handle_alive(self):
+        worker = Counter.options(mode=self.mode).init()
+        worker.add().result(SAFETY)
+        worker.add.__name__
+        ended = [backend.ended for backend in worker._pool.backends]
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        del worker              # no cycle: the count of references is enough
+        self.assertEqual(concurry.wait(ended, SAFETY).not_done, set())
+
+    def test_a_pool(self):
+        with self.make(Counter, **({"max_workers": 3} if self.mode in ("thread", "process") else {})) as pool:
+            futures = [pool.add() for _ in range(12)]
+        self.assertTrue(all(future.result(0) for future in futures))
+
+
+over_modes(globals(), [EndTests])
+
+
+class StopRunningTests:
+    """Ending while a call runs that has to be waited for."""
+
+    def setUp(self):
+        self.worker = self.make(Counter)
+        self.started, self.go = self.flag(), self.flag()
+        self.addCleanup(self.go.set)
+        self.held = self.worker.hold(self.started, self.go)
+        self.started.wait()
+
+    def test_stop_waits_for_what_runs_and_cancels_the_rest(self):
+        waiting = [self.worker.add() for _ in range(3)]
+        with self.log_of() as log:
+            stopping = in_thread(self.worker.stop)
+            concurrent.futures.wait(waiting, SAFETY)
+        self.assertEqual([future.cancelled() for future in waiting], [True] * 3)
+        self.assertIn("3 calls", log.output[0])
+        self.assertFalse(self.held.done() or stopping.done())
+        self.go.set()
+        stopping.result(SAFETY)
+        self.assertEqual(self.held.result(0), "held")
+
+    def test_shutdown_with_cancel_futures(self):
+        waiting = self.worker.add()
+        self.worker.shutdown(wait=False, cancel_futures=True)
+        self.assertTrue(waiting.cancelled())
+        self.go.set()
+        self.assertEqual(self.held.result(SAFETY), "held")
+
+    def test_a_timeout(self):
+        waiting = self.worker.add()
+        with warnings.catch_warnings(record=True) as caught, self.log_of():
+            warnings.simplefilter("always")
+            self.worker.stop(timeout=0.01)
+        with self.assertRaisesRegex(WorkerDiedError, "stopped after 0.01 s"):
+            self.held.result(0)
+        self.assertTrue(waiting.cancelled())
+        abandoned = [str(w.message) for w in caught if w.category is ResourceWarning and "stop" in str(w.message)]
+        self.assertEqual(len(abandoned), 0 if self.mode == "process" else 1)
+        self.go.set()
+
+    def test_an_interrupt_in_the_body_stops_at_once(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with self.assertRaises(KeyboardInterrupt), self.worker:
+                raise KeyboardInterrupt
+        self.assertIsInstance(self.held.exception(0), WorkerDiedError)
+        self.go.set()
+
+    def test_a_dropped_handle_does_not_block(self):
+        del self.worker
+        self._cleanups = [c for c in self._cleanups if "stop" not in repr(c)]
+        gc.collect()
+        self.assertFalse(self.held.done())
+        self.go.set()
+        self.assertEqual(self.held.result(SAFETY), "held")
+
+    def test_an_impossible_timeout(self):
+        self.assertRaisesRegex(ValueError, "timeout=-1", self.worker.stop, -1)
+        self.go.set()
+        self.assertEqual(self.held.result(SAFETY), "held")
+
+
+over_modes(globals(), [StopRunningTests], ["thread", "process", "asyncio"])
+
+
+class StopFromWithinTests(CleanTestCase):
+    def test_stop_and_shutdown_from_a_call(self):
+        for mode in ("sync", "thread", "asyncio"):
+            for end in ("stop", "shutdown", "close"):
+                for kind in ("plain", "async"):
+                    pool = self.start(TaskWorker, mode=mode)
+
+                    def plain():
+                        return getattr(pool, end)()
+
+                    async def coroutine():
+                        return getattr(pool, end)()
+                    future = pool.submit(plain if kind == "plain" else coroutine)
+                    with self.subTest(mode=mode, end=end, kind=kind):
+                        concurry.wait([future], SAFETY)
+                        self.assertTrue(future.cancelled() or future.result(0) is None)
+                        self.assertRaises(RuntimeError, pool.submit, square, 1)
+
+    def test_coroutines_are_cancelled_at_the_timeout(self):
+        for _ in range(10):
+            worker = self.start(Looped, mode="asyncio")
+            started = self.flag()
+            future = worker.forever(started)
+            started.wait()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")          # nothing is abandoned
+                worker.stop(0.001)
+            self.assertRaises((concurrent.futures.CancelledError, WorkerDiedError), future.result, 0)
+
+    def test_one_deadline_for_a_pool(self):
+        pool = self.start(TaskWorker, mode="thread", max_workers=3)
+        go, started = self.flag(), [self.flag() for _ in range(3)]
+        held = [pool.submit(hold, flag, go) for flag in started]
+        for flag in started:
+            flag.wait()
+        with self.assertWarnsRegex(ResourceWarning, "3 workers"):
+            pool.stop(0.01)
+        self.assertEqual({type(future.exception(0)) for future in held}, {WorkerDiedError})
+        go.set()
+
+    def test_the_result_of_an_abandoned_thread_is_dropped(self):
+        pool = self.start(TaskWorker, mode="thread")
+        started, go, ended = self.flag(), self.flag(), threading.Event()
+
+        def last():
+            hold(started, go)
+            ended.set()
+        future = pool.submit(last)
+        started.wait()
+        with self.assertWarns(ResourceWarning):
+            pool.stop(0)
+        go.set()
+        self.assertTrue(ended.wait(SAFETY))
+        self.assertIsInstance(future.exception(0), WorkerDiedError)
+
+    def test_a_future_is_never_left_pending_whenever_stop_comes(self):
+        for mode in ("thread", "asyncio", "process"):
+            for _ in range(5):
+                pool = self.start(TaskWorker, mode=mode, max_queued_tasks=None)
+                barrier = threading.Barrier(2)
+
+                def submit():
+                    barrier.wait(SAFETY)
+                    futures = []
+                    with contextlib.suppress(RuntimeError):
+                        for n in range(1000):
+                            futures.append(pool.submit(square, n))
+                    return futures
+                submitting = in_thread(submit)
+                barrier.wait(SAFETY)
+                logging.disable()
+                pool.stop()
+                logging.disable(logging.NOTSET)
+                self.assertEqual([f for f in submitting.result(SAFETY) if not f.done()], [])
+
+
+class StormTests:
+    """Submissions, dependencies, cancels, callbacks and `map` from four threads, and an end in their midst."""
+
+    def client(self, pool, seed, futures):
+        chance = random.Random(seed)
+        mine = [pool.submit(square, 0)]
+        for n in range(40):
+            kind = chance.choice(["call", "call", "depend", "cancel", "chain", "map"])
+            if kind == "call":
+                mine.append(pool.submit(chance.choice([square, square_async, boom]), n % 5))
+            elif kind == "depend":
+                mine.append(pool.submit(str, [chance.choice(mine)]))
+            elif kind == "cancel":
+                chance.choice(mine).cancel()
+            elif kind == "chain":
+                mine[-1].add_done_callback(functools.partial(self.chain, pool, futures))
+            else:
+                with contextlib.suppress(concurrent.futures.TimeoutError, TimeoutError, concurrent.futures.CancelledError):
+                    list(pool.map(square, range(5), timeout=chance.choice([0.0005, SAFETY]), chunksize=chance.choice([1, 2])))
+            futures.extend(mine)
+
+    def chain(self, pool, futures, _):
+        with contextlib.suppress(RuntimeError):
+            futures.append(pool.submit(square, 1))
+
+    def test_no_future_is_left_pending_and_no_place_is_lost(self):
+        logging.disable()
+        self.addCleanup(logging.disable, logging.NOTSET)
+        sizes = [{}] if self.mode in ("sync", "asyncio") else [
+            {"max_workers": 1}, {"max_workers": 3}, {"max_workers": 2, "on_demand": True, "on_demand_linger": 0}]
+        for seed, (options, end) in enumerate(itertools.product(sizes, ["stop", "finish", "both"])):
+            pool = self.make(TaskWorker, max_queued_tasks=2, **options)
+            futures = []
+            clients = [in_thread(self.client, pool, f"{seed} {n}", futures) for n in range(4)]
+            concurry.wait(clients, SAFETY if end == "finish" else 0.01)
+            ends = {"stop": [pool.stop], "finish": [pool.shutdown], "both": [pool.stop, pool.shutdown]}[end]
+            gather([in_thread(end) for end in ends])
+            self.assertEqual(concurry.wait(clients, SAFETY).not_done, set())
+            for client in clients:
+                self.assertIsInstance(client.exception(0), (RuntimeError, type(None)))
+            self.assertEqual(concurrent.futures.wait(futures, SAFETY).not_done, set())
+            self.assertEqual(pool._pool.calls, {})
+
+
+over_modes(globals(), [StormTests])
+
+
+class InterpreterExitTests:
+    """The end of the interpreter (FAULTS 19, 20): in a script of its own."""
+
+    def script(self, code, **options):
+        head = """
+            import threading, time
+            from concurry import *
+
+            class W(Worker):
+                def echo(self, x=None): return x
+                async def slow(self, path): open(path).read(); return path
+                def hold(self, path): open(path).read(); print("finished", flush=True); return path
+            """
+        code = textwrap.dedent(head) + textwrap.dedent(code)
+        return run_script(code, self.mode, flags=["-W", "error::ResourceWarning"], **options)
+
+    def test_idle_workers(self):
+        ended = self.script("""
+            import sys
+            workers = [W.options(mode=sys.argv[1]).init() for _ in range(2)]
+            print(gather([w.echo(1) for w in workers]))
+            """)
+        self.assertEqual((ended.stdout, ended.stderr), ("[1, 1]\n", ""))
+
+    def test_submitted_work_is_finished(self):
+        ended = self.script("""
+            import sys
+            worker = W.options(mode=sys.argv[1], max_queued_tasks=None).init()
+            def done(future): print("done", future.result(), flush=True)
+            for n in range(3):
+                worker.echo(n).add_done_callback(done)
+            first = worker.echo(3)
+            worker.echo([first]).add_done_callback(done)
+            """)
+        self.assertEqual((sorted(ended.stdout.splitlines()), ended.stderr), (["done 0", "done 1", "done 2", "done [3]"], ""))
+
+    def test_a_call_that_waits_for_somebody_elses_future_is_cancelled(self):
+        ended = self.script("""
+            import sys
+            worker = W.options(mode=sys.argv[1]).init()
+            waiting = worker.echo(BaseFuture())
+            waiting.add_done_callback(lambda f: print("cancelled", f.cancelled(), flush=True))
+            """)
+        self.assertEqual((ended.stdout, ended.stderr), ("cancelled True\n", ""))
+
+    def test_submitting_once_exit_has_begun(self):
+        ended = self.script("""
+            import atexit, sys
+            worker = W.options(mode=sys.argv[1]).init()
+            def late():
+                try:
+                    worker.echo(1)
+                except RuntimeError as error:
+                    print("refused:", error, flush=True)
+            atexit.register(late)
+            """)
+        self.assertIn("refused:", ended.stdout)
+        self.assertEqual(ended.stderr, "")
+
+    def test_an_abandoned_worker(self):
+        if self.mode == "sync":
+            return
+        ended = self.script("""
+            import os, sys, warnings
+            warnings.simplefilter("ignore")
+            os.mkfifo(sys.argv[2])
+            worker = W.options(mode=sys.argv[1]).init()
+            future = worker.hold(sys.argv[2])
+            worker.stop(0.1)
+            print(type(future.exception(0)).__name__ if not future.cancelled() else "CancelledError")
+            """.replace("sys.argv[2]", "sys.argv[0] + '.fifo'"))
+        self.assertIn(ended.stdout, ("WorkerDiedError\n", "CancelledError\n"))
+
+    def test_an_unhandled_error_ends_the_same_way(self):
+        ended = self.script("""
+            import sys
+            worker = W.options(mode=sys.argv[1]).init()
+            worker.echo(1).result()
+            raise KeyError("end of main")
+            """, check=False)
+        self.assertEqual(ended.returncode, 1)
+        self.assertIn("end of main", ended.stderr)
+        self.assertEqual(ended.stderr.count("Traceback"), 1)
+
+    def test_stop_in_atexit_and_on_demand(self):
+        ended = self.script("""
+            import atexit, sys
+            if sys.argv[1] in ("thread", "process"):
+                pool = TaskWorker.options(mode=sys.argv[1], on_demand=True, max_workers=2).init()
+                print(pool.submit(abs, -1).result())
+            else:
+                print(1)
+            worker = W.options(mode=sys.argv[1]).init()
+            atexit.register(worker.stop)
+            """)
+        self.assertEqual((ended.stdout, ended.stderr), ("1\n", ""))
+
+
+over_modes(globals(), [InterpreterExitTests])
+
+
+# === Workers: the forms of a class ===
+
+@worker(mode="sync", blocking=True)
+class Decorated:
+    """A plain class."""
+
+    def __init__(self, n=0, *, step=1):
+        self.n, self.step = n, step
+
+    def add(self):
+        self.n += self.step
+        return self.n
+
+
+@worker(mode="sync", max_queued_tasks=7)
+class DecoratedWorker(Worker, mode="thread", max_queued_tasks=3):
+    def add(self):
+        return 1
+
+
+class Stated(Worker, mode="sync", blocking=True):
+    def add(self):
+        return 1
+
+
+class Inheriting(Stated, blocking=False):
+    pass
+
+
+class PlainObjects(Worker, mode="sync", auto_init=False):
+    def add(self):
+        return 1
+
+
+@worker
+class Bare:
+    def add(self):
+        return 1
+
+
+class Slotted(Worker, mode="sync"):
+    __slots__ = ("n",)
+
+    def __init__(self, n):
+        self.n = n
+
+    def get(self):
+        return self.n, self.limits.try_acquire({"x": 1}).successful
+
+
+class FormTests(CleanTestCase):
+    def test_a_plain_object_without_stored_options(self):
+        counter = Counter(3)
+        self.assertIsInstance(counter, Counter)
+        self.assertEqual((counter.add(2), counter.twice), (5, 10))
+        self.assertTrue(counter.limits.try_acquire({"x": 1}).successful)
+
+    def test_a_decorated_class(self):
+        for handle in (Decorated(5, step=2), Decorated.init(5, step=2)):
+            self.addCleanup(handle.stop)
+            self.assertEqual((handle.add(), handle.mode), (7, ExecutionMode.Sync))
+        thread = self.start(Decorated, 1, mode="thread", blocking=False)
+        self.assertEqual((thread.add().result(SAFETY), thread.mode), (2, ExecutionMode.Threads))
+        self.assertEqual((Decorated.__name__, Decorated.__doc__), ("Decorated", "A plain class."))
+
+    def test_a_decorated_class_in_every_mode(self):
+        for mode in MODES:
+            self.assertEqual(self.start(Decorated, 4, mode=mode, blocking=False).add().result(SAFETY), 5)
+
+    def test_the_class_statement(self):
+        handle = Stated()
+        self.addCleanup(handle.stop)
+        self.assertEqual((handle.add(), handle.blocking), (1, True))
+        inheriting = Inheriting()
+        self.addCleanup(inheriting.stop)
+        self.assertEqual((inheriting.mode, inheriting.blocking), (ExecutionMode.Sync, False))
+
+    def test_precedence(self):
+        handle = DecoratedWorker()
+        self.addCleanup(handle.stop)
+        self.assertEqual((handle.mode, handle.max_queued_tasks), (ExecutionMode.Sync, 7))
+        handle = self.start(DecoratedWorker, mode="thread", max_queued_tasks=9)
+        self.assertEqual((handle.mode, handle.max_queued_tasks), (ExecutionMode.Threads, 9))
+
+    def test_auto_init_off(self):
+        self.assertEqual(PlainObjects().add(), 1)
+        handle = PlainObjects.init()
+        self.addCleanup(handle.stop)
+        self.assertEqual(handle.add().result(0), 1)
+        plain = worker(mode="sync", auto_init=False)(type("C", (), {"add": lambda self: 3}))
+        self.assertEqual(plain().add(), 3)
+
+    def test_the_bare_decorator_needs_a_mode_later(self):
+        self.assertEqual(self.start(Bare, mode="sync").add().result(0), 1)
+        self.assertRaisesRegex(ValueError, "mode is required", Bare.init)
+        self.assertRaisesRegex(TypeError, "@task", worker, square)
+
+    def test_wrong_options_are_told_at_the_decorator(self):
+        with self.assertRaisesRegex(ValueError, "max_workers='x'"):
+            worker(mode="sync", max_workers="x")(type("C", (), {}))
+
+    def test_class_statements_with_options_of_the_users_own(self):
+        class Base(Worker):
+            def __init_subclass__(cls, flavour=None, **others):
+                super().__init_subclass__(**others)
+                cls.flavour = flavour
+
+        class Child(Base, mode="sync", flavour="sweet"):
+            def taste(self):
+                return self.flavour
+        handle = Child()
+        self.addCleanup(handle.stop)
+        self.assertEqual(handle.taste().result(0), "sweet")
+
+    def test_slots_abstract_and_generic_classes(self):
+        handle = Slotted(3)
+        self.addCleanup(handle.stop)
+        self.assertEqual(handle.get().result(0), (3, True))
+        T = typing.TypeVar("T")
+
+        class Boxed(Worker, typing.Generic[T]):
+            def get(self):
+                return "box"
+        self.assertEqual(self.start(Boxed, mode="sync").get().result(0), "box")
+
+    def test_a_class_with_a_new_of_its_own(self):
+        class Newed(Worker):
+            def __new__(cls, n):
+                self = super().__new__(cls)
+                self.made_with = n
+                return self
+
+            def __init__(self, n):
+                self.n = n
+
+            def both(self):
+                return self.made_with, self.n
+        for mode in ("sync", "thread"):
+            self.assertEqual(self.start(Newed, 4, mode=mode).both().result(SAFETY), (4, 4))
+
+    def test_objects_of_the_class_made_inside_the_worker_are_plain(self):
+        @worker(mode="thread")
+        class Tree:
+            def __init__(self, depth=0):
+                self.depth = depth
+
+            def kind(self, other):
+                return isinstance(self, Tree), isinstance(other, Tree)
+        tree = Tree()
+        self.addCleanup(tree.stop)
+        self.assertEqual(tree.kind(3).result(SAFETY), (True, False))
+
+    def test_arguments_for_a_class_that_takes_none(self):
+        with self.assertRaisesRegex(TypeError, "takes no arguments"):
+            Contextual.options(mode="sync").init(3)
+
+    def test_equality_and_truth_of_a_handle(self):
+        handle = self.start(Counter, mode="sync")
+        self.assertEqual((handle == handle, bool(handle), handle in {handle}), (True, True, True))
+        self.assertIn("Counter", repr(handle))
+        self.assertIn("add", dir(handle))
+        self.assertEqual(list(inspect.signature(handle.add).parameters)[-2:], ["n", "times"])
+
+
+@dataclasses.dataclass
+class Data(Worker):
+    n: int
+    items: list = dataclasses.field(default_factory=list)
+
+    def add(self, item):
+        self.items.append(item)
+        return self.n + len(self.items)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenData(Worker):
+    n: int = 5
+
+    def use(self):
+        with self.limits.acquire():
+            return self.n
+
+
+class ModelTests:
+    """Dataclasses, and the models of attrs, pydantic and morphic where they are installed."""
+
+    def test_dataclasses(self):
+        worker = self.make(Data, 3)
+        self.assertEqual(gather([worker.add(1), worker.add(2)]), [4, 5])
+        self.assertEqual(self.make(FrozenData).use().result(SAFETY), 5)
+        with self.assertRaisesRegex(AttributeError, "only methods"):
+            worker.n
+        with self.assertRaises(TypeError):
+            Data.options(mode=self.mode).init(wrong=1)
+
+    def test_attrs(self):
+        attrs = self.need("attrs")
+
+        @attrs.define
+        class Attrs(Worker):
+            n: int = attrs.field(validator=attrs.validators.instance_of(int))
+
+            def twice(self):
+                return self.n * 2
+
+        @attrs.frozen
+        class FrozenAttrs(Worker):
+            n: int
+
+            def use(self):
+                with self.limits.acquire():
+                    return self.n
+        self.assertEqual(self.make(Attrs, 3).twice().result(SAFETY), 6)
+        self.assertEqual(self.make(FrozenAttrs, init={"n": 3}).use().result(SAFETY), 3)
+        self.assertRaises(TypeError, Attrs.options(mode=self.mode).init, "x")
+
+    def test_pydantic_models(self):
+        pydantic = self.need("pydantic")
+
+        class Model(Worker, pydantic.BaseModel):
+            n: int
+            name: str = "x"
+
+            def use(self):
+                with self.limits.acquire():
+                    self.n += 1
+                return self.n, self.name
+
+        class FrozenModel(pydantic.BaseModel, Worker):
+            model_config = pydantic.ConfigDict(frozen=True)
+            n: int
+
+            def use(self):
+                with self.limits.acquire():
+                    return self.n
+        worker = self.make(Model, init={"n": "3"})
+        self.assertEqual(worker.use().result(SAFETY), (4, "x"))
+        self.assertEqual(worker.model_dump().result(SAFETY), {"n": 4, "name": "x"})
+        self.assertEqual(self.make(FrozenModel, init={"n": 3}).use().result(SAFETY), 3)
+        self.assertRaises(pydantic.ValidationError, Model.options(mode=self.mode).init, n="many")
+        with self.assertRaises((AttributeError)):
+            worker.n
+
+    def test_pydantic_models_with_stored_options(self):
+        pydantic = self.need("pydantic")
+
+        @concurry.worker(mode=self.mode)
+        class Model(pydantic.BaseModel):
+            n: int
+
+            def get(self):
+                return self.n
+        handle = Model(n="5")
+        self.addCleanup(handle.stop, 5)
+        self.assertEqual(handle.get().result(SAFETY), 5)
+
+    def test_pydantic_validate_call(self):
+        pydantic = self.need("pydantic")
+
+        class Validating(Worker):
+            @pydantic.validate_call
+            def twice(self, n: int):
+                return n * 2
+
+            @pydantic.validate_call
+            async def thrice(self, n: int):
+                return n * 3
+        worker = self.make(Validating)
+        self.assertEqual((worker.twice("4").result(SAFETY), worker.thrice("4").result(SAFETY)), (8, 12))
+        self.assertIsInstance(worker.twice("x").exception(SAFETY), ValueError)
+
+    def test_morphic_models(self):
+        morphic = self.need("morphic")
+
+        class Model(Worker, morphic.Typed):
+            n: int
+
+            def use(self):
+                with self.limits.acquire():
+                    return self.n
+
+            @morphic.validate
+            def twice(self, n: int):
+                return n * 2
+        worker = self.make(Model, init={"n": "3"})
+        self.assertEqual((worker.use().result(SAFETY), worker.twice("4").result(SAFETY)), (3, 8))
+        self.assertRaises(ValueError, Model.options(mode=self.mode).init, n="many")
+
+    def test_numpy(self):
+        numpy = self.need("numpy")
+        worker = self.make(Counter)
+        array = numpy.arange(100_000.0)
+        self.assertTrue((worker.echo(array).result(SAFETY) == array).all())
+        self.assertEqual(worker.echo([done_future(result=array)]).result(SAFETY)[0].shape, (100_000,))
+
+
+over_modes(globals(), [ModelTests])
+
+
+# === Functions ===
+
+def boom(x):
+    if x == 3:
+        raise KeyError(x)
+    return x
+
+
+def endless(seen):
+    for n in itertools.count():
+        seen.append(n)
+        yield n
+
+
+class Awaited:
+    async def __call__(self, x):
+        return x * x
+
+
+def returns_coroutine(x):
+    return square_async(x)
+
+
+def broken_input():
+    yield 1
+    raise KeyError("input")
+
+
+def with_limits(x, limits):
+    return x, limits.try_acquire({"x": 1}).successful
+
+
+def with_default_limits(x, limits="mine"):
+    return x, limits
+
+
+class FunctionTests:
+    """TaskWorker, in every mode."""
+
+    def setUp(self):
+        self.pool = self.make(TaskWorker)
+
+    def test_submit(self):
+        pool = self.pool
+        self.assertIsInstance(pool, concurrent.futures.Executor)
+        self.assertEqual(pool.submit(add, 1, b=2).result(SAFETY), 3)
+        self.assertEqual(pool.submit(square_async, 3).result(SAFETY), 9)
+        self.assertEqual(pool.submit(lambda x, fn=1, self=2: (x, fn, self), 5, fn=6, self=7).result(SAFETY), (5, 6, 7))
+        self.assertEqual(pool.submit(functools.partial(add, 1), 2).result(SAFETY), 3)
+        self.assertIsInstance(pool.submit(boom, 3).exception(SAFETY), KeyError)
+        self.assertEqual(pool.submit(add, pool.submit(add, 1)).result(SAFETY), 21)
+
+    def test_whatever_gives_a_coroutine_is_run_to_its_end(self):
+        for fn in (Awaited(), returns_coroutine, functools.partial(square_async), lambda x: square_async(x)):
+            self.assertEqual(self.pool.submit(fn, 3).result(SAFETY), 9)
+
+    def test_submit_without_a_function(self):
+        for wrong in ((), (3,), ("abs", 1)):
+            self.assertRaisesRegex(TypeError, "function", self.pool.submit, *wrong)
+            self.assertRaisesRegex(TypeError, "function", self.pool.map, *wrong)
+        self.assertRaisesRegex(TypeError, "bound", self.pool, 3)
+        self.assertRaises(AttributeError, lambda: self.pool.sumbit)
+
+    def test_map(self):
+        pool = self.pool
+        self.assertEqual(list(pool.map(square, range(20))), [n * n for n in range(20)])
+        self.assertEqual(list(pool.map(add, [1, 2, 3], (10, 20))), [11, 22])
+        self.assertEqual(list(pool.map(square, [])), [])
+        self.assertEqual(list(pool.map(square_async, [2, 3])), [4, 9])
+        self.assertEqual(list(pool.map(square, (n for n in range(3)))), [0, 1, 4])
+
+    def test_map_raises_an_items_error_in_its_turn(self):
+        for options in ({}, {"chunksize": 2}, {"buffersize": 2}, {"chunksize": 3, "buffersize": 6}):
+            results = self.pool.map(boom, range(6), **options)
+            self.assertEqual([next(results) for _ in range(3)], [0, 1, 2])
+            with self.assertRaises(KeyError):
+                next(results)
+            self.assertEqual(list(results), [])
+
+    def test_map_raises_the_inputs_error_in_its_turn(self):
+        for options in ({}, {"buffersize": 1}, {"chunksize": 1}):
+            results = self.pool.map(square, broken_input(), **options)
+            self.assertEqual(next(results), 1)
+            self.assertRaisesRegex(KeyError, "input", next, results)
+
+    def test_map_with_a_chunksize(self):
+        for chunksize in (1, 2, 7, 100):
+            self.assertEqual(list(self.pool.map(add, range(20), range(20), chunksize=chunksize)), list(range(0, 40, 2)))
+        self.assertEqual(list(self.pool.map(square_async, range(5), chunksize=2)), [0, 1, 4, 9, 16])
+
+    def test_map_of_an_endless_input(self):
+        seen = []
+        results = self.pool.map(square, endless(seen), buffersize=4)
+        self.assertEqual(len(seen), 4)
+        self.assertEqual([next(results) for _ in range(10)], [n * n for n in range(10)])
+        self.assertLessEqual(len(seen), 14)
+        results.close()
+        self.assertEqual(self.pool.submit(square, 3).result(SAFETY), 9)
+        results = self.pool.map(square, endless(seen := []), chunksize=3, buffersize=6)
+        self.assertEqual([next(results) for _ in range(5)], [0, 1, 4, 9, 16])
+        self.assertLessEqual(len(seen), 12)
+        results.close()
+
+    def test_map_rejects_impossible_sizes(self):
+        for options in ({"chunksize": 0}, {"chunksize": None}, {"buffersize": 0}, {"buffersize": 1.5}):
+            name = next(iter(options))
+            self.assertRaisesRegex(ValueError, name, self.pool.map, square, [1], **options)
+
+    def test_blocking_changes_nothing_for_map(self):
+        pool = self.make(TaskWorker, blocking=True)
+        self.assertEqual(pool.submit(square, 3), 9)
+        self.assertEqual(list(pool.map(square, range(5), chunksize=2)), [0, 1, 4, 9, 16])
+
+    def test_unwrapping_in_map(self):
+        futures = [self.pool.submit(square, n) for n in range(3)]
+        self.assertEqual(list(self.pool.map(square, futures)), [0, 1, 16])
+
+    def test_a_bound_function(self):
+        for pool in (self.make(TaskWorker, init={"fn": add}), self.make(TaskWorker, add)):
+            self.assertEqual((pool(1).result(SAFETY), pool.submit(1, b=5).result(SAFETY)), (11, 6))
+            self.assertEqual(list(pool.map([1, 2], [3, 4])), [4, 6])
+            self.assertEqual(list(pool.map([1, 2])), [11, 12])
+        self.assertRaisesRegex(TypeError, "callable", TaskWorker.options(mode=self.mode).init, fn=3)
+
+    def test_tuples_are_spread_where_one_argument_is_not_enough(self):
+        pairs = [(1, 2), (3, 4)]
+        self.assertEqual(list(self.make(TaskWorker, init={"fn": pow}).map(pairs)), [1, 81])
+        self.assertEqual(list(self.make(TaskWorker, init={"fn": pow}).map(pairs, chunksize=2)), [1, 81])
+        self.assertEqual(list(self.make(TaskWorker, init={"fn": len}).map(pairs)), [2, 2])
+        self.assertEqual(list(self.make(TaskWorker, init={"fn": lambda a, b=0: (a, b)}).map(pairs)), [(p, 0) for p in pairs])
+
+    def test_run_in_executor(self):
+        async def main():
+            loop = asyncio.get_running_loop()
+            return await asyncio.gather(*(loop.run_in_executor(self.pool, square, n) for n in range(5)))
+        self.assertEqual(asyncio.run(main()), [0, 1, 4, 9, 16])
+
+    def test_shutdown_as_an_executor(self):
+        future = self.pool.submit(square, 3)
+        self.pool.shutdown(wait=True, cancel_futures=False)
+        self.assertEqual(future.result(0), 9)
+        self.assertRaises(RuntimeError, self.pool.submit, square, 3)
+        self.assertRaises(RuntimeError, lambda: list(self.pool.map(square, [1])))
+
+    def test_a_limits_parameter(self):
+        pool = self.make(TaskWorker, init={"fn": with_limits})
+        self.assertEqual(pool(3).result(SAFETY), (3, True))
+        self.assertEqual(list(pool.map([1, 2], chunksize=2)), [(1, True), (2, True)])
+        self.assertEqual(self.make(TaskWorker, init={"fn": with_default_limits})(3).result(SAFETY), (3, "mine"))
+
+
+over_modes(globals(), [FunctionTests])
+
+
+class MapRunningTests:
+    """`map` where items can be held up."""
+
+    def setUp(self):
+        self.started, self.go = self.flag(), self.flag()
+        self.pool = self.make(TaskWorker, max_queued_tasks=2)
+        self.addCleanup(self.go.set)
+
+    def test_a_timeout_counts_from_the_call_and_ends_a_wait_for_the_queue(self):
+        held = self.pool.submit(hold, self.started, self.go)
+        self.started.wait()
+        for options in ({}, {"chunksize": 2}, {"buffersize": 1}):
+            with self.assertRaises(TimeoutError if sys.version_info >= (3, 11) else concurrent.futures.TimeoutError):
+                list(self.pool.map(square, range(10), timeout=0.01, **options))
+        self.go.set()
+        self.assertEqual(held.result(SAFETY), "held")
+        self.assertEqual(self.pool.submit(square, 3).result(SAFETY), 9)
+
+    def test_leaving_early_cancels_the_rest(self):
+        pool, ran = self.make(TaskWorker, max_queued_tasks=None), self.flag()
+        what = ["pass", "hold", *["run"] * 50]
+        results = pool.map(item, what, *([flag] * 52 for flag in (self.started, self.go, ran)))
+        self.assertEqual(next(results), "pass")
+        self.started.wait()
+        results.close()
+        self.go.set()
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+        # A process may have been sent a few ahead.
+        self.assertLess(ran.count(), 1 if self.mode == "thread" else 40)
+
+    def test_all_items_are_submitted_at_the_call(self):
+        pool, seen = self.make(TaskWorker, max_queued_tasks=None), []
+        results = pool.map(square, (seen.append(n) or n for n in range(50)))
+        self.assertEqual(len(seen), 50)
+        self.assertEqual(sum(results), sum(n * n for n in range(50)))
+
+    def test_a_chunk_takes_one_place(self):
+        submitted = in_thread(lambda: self.pool.map(square, range(100), chunksize=50)).result(SAFETY)
+        self.assertEqual(len(list(submitted)), 100)
+        self.assertEqual(self.pool.get_pool_stats()["load_balancer"]["total_dispatched"], 2)
+
+
+def item(what, started, go, ran):
+    if what == "hold":
+        hold(started, go)
+    elif what == "run":
+        ran.set()
+    return what
+
+
+over_modes(globals(), [MapRunningTests], ["thread", "process"])
+
+
+@task(mode="sync")
+def documented(x: int, y: int = 2) -> int:
+    """Multiply."""
+    return x * y
+
+
+@task(mode="thread", max_workers=2)
+def threaded(x):
+    return x + 1
+
+
+@task(mode="process", max_workers=1)
+def processed(x):
+    return x + 2
+
+
+@task(mode="thread")
+def limited(x, limits):
+    return with_limits(x, limits)
+
+
+class TaskTests(CleanTestCase):
+    def test_it_looks_like_the_function(self):
+        self.addCleanup(documented.stop)
+        self.assertEqual((documented.__name__, documented.__doc__, str(inspect.signature(documented))),
+                         ("documented", "Multiply.", "(x: int, y: int = 2) -> int"))
+        self.assertEqual((documented.__wrapped__(3), documented(3, y=5).result(0)), (6, 15))
+        self.assertIn("documented", repr(documented))
+
+    def test_it_starts_nothing_until_called(self):
+        before = threading.active_count()
+
+        @task(mode="thread")
+        def idle():
+            return threading.current_thread().name
+        self.assertEqual(threading.active_count(), before)
+        self.assertNotEqual(idle().result(SAFETY), threading.current_thread().name)
+        self.assertTrue(idle.on_demand)
+        self.assertEqual(idle.max_workers, 24)
+        idle.stop()
+
+    def test_it_is_a_handle(self):
+        for function, n in ((threaded, 1), (processed, 2)):
+            self.assertEqual((function(3).result(SAFETY), function.submit(4).result(SAFETY)), (3 + n, 4 + n))
+            self.assertEqual(list(function.map([1, 2, 3], chunksize=2)), [1 + n, 2 + n, 3 + n])
+            self.assertTrue(function.on_demand)
+            function.stop()
+            self.assertRaises(RuntimeError, function, 1)
+
+    def test_a_limits_parameter(self):
+        self.addCleanup(limited.stop)
+        self.assertEqual(limited(3).result(SAFETY), (3, True))
+
+        class Mine:
+            def try_acquire(self, wanted):
+                return types.SimpleNamespace(successful="mine")
+        self.assertEqual(limited(3, limits=Mine()).result(SAFETY), (3, "mine"))
+
+    def test_options(self):
+        @task(mode="asyncio", blocking=True)
+        async def answer(x):
+            return x
+        with answer:
+            self.assertEqual(answer(5), 5)
+
+        @task(mode="thread", on_demand=False)
+        def kept():
+            return threading.get_ident()
+        with kept:
+            kept().result(SAFETY)
+            self.assertEqual(kept.get_pool_stats()["total_workers"], 24)
+        self.assertRaisesRegex(ValueError, "max_workers=2", task, mode="sync", max_workers=2)
+
+    def test_first_called_by_many_threads_at_once(self):
+        @task(mode="thread", max_workers=2, on_demand=False)
+        def where(x):
+            return x
+        barrier = threading.Barrier(4)
+        runs = [in_thread(lambda n: (barrier.wait(SAFETY), where(n))[1].result(SAFETY), n) for n in range(4)]
+        self.assertEqual(gather(runs), list(range(4)))
+        self.assertEqual(where.get_pool_stats()["total_workers"], 2)
+        where.stop()
+
+    def test_a_task_of_a_method(self):
+        class Owner:
+            @task(mode="sync")
+            def double(self, x):
+                return x * 2
+        self.assertEqual(Owner.double(None, 3).result(0), 6)
+
+
+class ExecutorTests:
+    def test_it_is_a_pool_of_functions(self):
+        with Executor(self.mode) as pool:
+            self.assertIsInstance(pool, concurrent.futures.Executor)
+            self.assertEqual(list(pool.map(square, range(5))), [0, 1, 4, 9, 16])
+            size = {"thread": 24, "process": 4}.get(self.mode, 1)
+            self.assertEqual((pool.max_workers, pool.get_pool_stats()["total_workers"]), (size, size))
+
+    def test_with_a_size_and_options(self):
+        with Executor(self.mode, 1, blocking=True) as pool:
+            self.assertEqual((pool.submit(square, 3), pool.max_workers), (9, 1))
+
+
+over_modes(globals(), [ExecutorTests])
+
+
+# === Programs of their own ===
+
+START_METHODS = [method for method in ("forkserver", "spawn", "fork") if hasattr(os, "fork")]
+FOLDER = os.path.dirname(os.path.abspath(concurry.__file__))
+
+# What each program begins with: the module under test, and an end to whatever hangs.
+HEAD = f"""
+import faulthandler, os, sys
+faulthandler.dump_traceback_later({SAFETY}, exit=True)
+sys.path.insert(0, {FOLDER!r})
+"""
+# What scripts that send things to and fro have besides.
+CALL = """
+import concurry
+handle = concurry.TaskWorker.options(mode="process", mp_context={method!r}).init()
+def call(f, *args):
+    return handle.submit(f, *args).result()
+"""
+
+
+class Program:
+    """A Python program: `line()` reads what it prints, `say()` writes to it, `output()` waits for its end."""
+
+    def __init__(self, test, code, *arguments, way="-c", flags=(), head=HEAD, cwd=None, command=None, **options):
+        code = head + textwrap.dedent(code)
+        if way == "file":
+            path = os.path.join(test.folder(), "script.py")
+            with open(path, "w") as file:
+                file.write(code)
+        chosen = {"-c": ["-c", code], "file": way == "file" and [path], "stdin": ["-"]}[way]
+        options.setdefault("env", {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"})
+        self.popen = subprocess.Popen(command or [sys.executable, *flags, *chosen, *arguments], text=True, cwd=cwd,
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        test.addCleanup(self.finish)
+        if way == "stdin":
+            self.popen.stdin.write(code)
+            self.popen.stdin.close()
+            self.popen.stdin = None
+
+    def finish(self):
+        if self.popen.poll() is None:
+            self.popen.kill()
+        try:
+            self.popen.communicate(timeout=1)
+        except subprocess.TimeoutExpired:       # a child of it that does not end keeps the pipes: told by others
+            self.popen.stdout.close()
+            self.popen.stderr.close()
+
+    def line(self):
+        text = self.popen.stdout.readline()
+        if not text:
+            raise AssertionError("no more output; on stderr: " + self.popen.stderr.read())
+        return text.rstrip("\n")
+
+    def numbers(self):
+        return [int(word) for word in self.line().split()]
+
+    def say(self, text=""):
+        self.popen.stdin.write(text + "\n")
+        self.popen.stdin.flush()
+
+    def output(self):
+        return self.popen.communicate(timeout=SAFETY + 5)
+
+
+class ProgramCase(CleanTestCase):
+    def folder(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        return folder.name
+
+    def write(self, folder, **files):
+        for name, text in files.items():
+            with open(os.path.join(folder, name + ".py"), "w") as file:
+                file.write(textwrap.dedent(text))
+
+    def run_script(self, body, *, method="forkserver", head="", **options):
+        """Run code as a `__main__`; `call(f, *args)` calls f in its worker."""
+        code = textwrap.dedent(CALL).format(method=method) + textwrap.dedent(body) + "\nhandle.stop()\nprint('passed')\n"
+        program = Program(self, code, head=head + HEAD, **options)
+        output, errors = program.output()
+        self.assertEqual((output[-7:], errors, program.popen.returncode), ("passed\n", "", 0), output)
+
+    def check_program(self, code, expected, *arguments, errors="", status=0, **options):
+        """Run a program that has to print this; `errors` is a pattern."""
+        program = Program(self, code, *arguments, **options)
+        found = program.output()
+        self.assertEqual(found[0], expected, found[1])
+        self.assertRegex(found[1], f"^(?:{errors})$" if not errors else errors)
+        self.assertEqual(program.popen.returncode, status)
+
+
+# === By value ===
+
+class ByValueFunctionTests(ProgramCase):
+    def test_functions(self):
+        self.run_script('''
+        import os
+        FACTOR = 3
+        def double(x, y=2, *, z: int = FACTOR) -> int:
+            "Document."
+            return x * y * z
+        double.attribute = [1]
+        def facts(f):
+            return (f.__name__, f.__qualname__, f.__module__, f.__doc__, f.__defaults__,
+                    f.__kwdefaults__, f.__annotations__, f.attribute, f.__globals__["__name__"])
+        assert call(double, 5) == 30
+        assert call(facts, double) == facts(double), call(facts, double)
+        assert call(lambda x: x + FACTOR, 1) == 4
+        FACTOR = 4
+        assert call(lambda x: x + FACTOR, 1) == 5
+        def even(n): return n == 0 or odd(n - 1)
+        def odd(n): return n != 0 and even(n - 1)
+        assert call(even, 10) and not call(odd, 10)
+        def closures():
+            def even(n): return n == 0 or odd(n - 1)
+            def odd(n): return n != 0 and even(n - 1)
+            return even
+        assert call(closures(), 10)
+        def counter():
+            n = 0
+            def up():
+                nonlocal n
+                n += 1
+                return n
+            def get():
+                return n
+            return up, get
+        def use(up, get):
+            up(); up()
+            return get()
+        assert call(use, *counter()) == 2
+        def late():
+            def f(): return x
+            g = f
+            if 0: x = 1
+            return f
+        try: call(late())
+        except NameError: pass
+        else: raise AssertionError
+        f = call(lambda: (lambda a: a + FACTOR))
+        assert f(1) == 5
+        assert call(lambda: __name__) == "__main__"
+        assert call(lambda: len([print])) == 1
+        def comprehension(): return [FACTOR for _ in range(2)], {x: FACTOR for x in (1,)}
+        assert call(comprehension) == ([4, 4], {1: 4})
+        def attribute_is_no_global(x): return x.lock
+        import threading
+        lock = threading.Lock()
+        class Box: lock = 1
+        def body():
+            class Inner: lock = 2
+            return Inner.lock
+        assert call(body) == 2
+        assert call(attribute_is_no_global, Box) == 1
+        ''')
+
+    def test_files_and_line_numbers_stay(self):
+        self.run_script('''
+        def fails(): return 1 / 0
+        try: call(fails)
+        except ZeroDivisionError as error:
+            assert "in fails" in str(error.__cause__) and __file__ in str(error.__cause__)
+            assert 'Traceback (most recent call last)' in str(error.__cause__)
+        assert call(lambda: __file__) == __file__
+        ''', way="file")
+
+    def test_kinds_of_functions(self):
+        self.run_script('''
+        import functools, asyncio
+        K = 10
+        def gen(n):
+            for i in range(n): yield i * K
+        assert call(lambda: list(gen(3))) == [0, 10, 20]
+        async def co(x): return x + K
+        async def agen():
+            yield await co(1)
+        async def collect(): return [x async for x in agen()]
+        assert call(lambda: asyncio.run(co(1))) == 11
+        assert call(lambda: asyncio.run(collect())) == [11]
+        class Thing:
+            def __init__(self): self.x = 1
+            def method(self, y): return self.x + y + K
+            @staticmethod
+            def static(x): return x * K
+            @classmethod
+            def klass(cls, x): return cls.__name__ + str(x * K)
+            @property
+            def prop(self): return self.x * K
+            @prop.setter
+            def prop(self, value): self.x = value
+            @functools.cached_property
+            def cached(self): return [self.x]
+            part = functools.partialmethod(method, 5)
+            def __private(self): return 7
+            def private(self): return self.__private
+        assert call(Thing().method, 2) == 13
+        assert call(Thing().part) == 16
+        assert call(Thing.static, 2) == 20 and call(Thing.klass, 2) == "Thing20"
+        assert call(Thing().private()) == 7
+        def uses(t):
+            t.prop = 3
+            return t.prop, t.cached, t.cached is t.cached, t.part()
+        assert call(uses, Thing()) == (30, [3], True, 18)
+        assert call(functools.partial(Thing().method, y=1)) == 12
+        @functools.lru_cache(maxsize=None)
+        def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)
+        assert call(fib, 60) == fib(60)
+        assert call(lambda: (fib(5), fib.cache_info().currsize))[1] == 6
+        def same(f): return f.__wrapped__.__globals__["fib"] is f and f.__name__ == "fib"
+        assert call(same, fib)
+        @functools.singledispatch
+        def show(x): return "object"
+        @show.register(int)
+        def _(x): return "int" + show([])
+        @show.register(list)
+        def _(x): return "list"
+        assert call(show, 1) == "intlist"
+        def register():
+            show.register(str, lambda x: "str")
+            return show(""), str in show.registry
+        assert call(register) == ("str", True)
+        class Multi:
+            @functools.singledispatchmethod
+            def go(self, x): return "object"
+            @go.register(int)
+            def _(self, x): return "int"
+        assert call(lambda m: (m.go(1), m.go("")), Multi()) == ("int", "object")
+        def deco(f):
+            @functools.wraps(f)
+            def wrapper(*args): return "w" + f(*args)
+            return wrapper
+        @deco
+        def plain(x): return x
+        assert call(plain, "x") == "wx"
+        assert call(lambda f: f.__wrapped__("y"), plain) == "y"
+        import contextlib
+        @contextlib.contextmanager
+        def managed(): yield K
+        def within():
+            with managed() as k: return k
+        assert call(within) == 10
+        ''')
+
+    def test_modules_go_by_reference_with_their_submodules(self):
+        self.run_script('''
+        import os.path, xml.dom.minidom, types, logging
+        from types import FunctionType
+        assert call(lambda: os.path.join("a", "b")) == "a/b"
+        assert call(lambda: xml.dom.minidom.parseString("<a/>").documentElement.tagName) == "a"
+        def inside():
+            import xml.sax.saxutils
+            return lambda: xml.sax.saxutils.escape("<")
+        assert call(inside()) == "&lt;"
+        assert call(lambda: isinstance(inside, FunctionType))
+        logger = logging.getLogger("x.y")
+        assert call(lambda: logger.name) == "x.y"
+        hand = types.ModuleType("hand")
+        exec("Y = 5\\ndef f(): return Y\\nclass C: pass", hand.__dict__)
+        assert call(hand.f) == 5
+        assert call(lambda c: c.__module__, hand.C) == "hand"
+        ''')
+
+    def test_functions_of_an_importable_module_share_its_globals(self):
+        # calendar stands for any module; its local functions and lambdas use what is there.
+        self.run_script('''
+        import calendar
+        exec("def _hidden(): return [month_name, __name__]\\nhidden = _hidden\\ndel _hidden",
+             calendar.__dict__)
+        f = calendar.hidden
+        def check(f):
+            import calendar
+            return f.__globals__ is calendar.__dict__
+        assert call(check, f)
+        assert call(lambda: f()[1]) == "calendar"
+        ''')
+
+    def test_globals_of_a_message(self):
+        """What is submitted brings the globals of now; what is sent once keeps those it had."""
+        self.run_script('''
+        counter = 0
+        class Thing:
+            def bump(self):
+                global counter
+                counter += 1
+        def run():
+            Thing().bump()
+            return counter
+        assert call(run) == 1 and call(run) == 1
+        counter = 5
+        assert call(run) == 6
+        def level(): return counter
+        def keep(f): sys.kept = f
+        call(keep, level)
+        counter = 7
+        assert call(run) == 8 and call(lambda: sys.kept()) == 5     # as it was sent
+        class Once(concurry.Worker):
+            def bump(self):
+                global counter
+                counter += 1
+                return counter
+            def is_mine(self, cls, obj): return cls is type(self) is type(obj)
+        once = Once.options(mode="process").init()
+        counter = 100
+        assert once.bump().result() == 8
+        assert once.bump().result() == 9
+        assert once.is_mine(Once, Once()).result()
+        assert once.bump().result() == 10       # it has not become the Once of that message
+        bound = concurry.TaskWorker.options(mode="process").init(fn=run)
+        def items():
+            for n in range(3):
+                yield n
+                globals().update(counter=1000)
+        assert list(handle.map(lambda n: counter, items(), buffersize=1)) == [100] * 3
+        counter = 2000
+        assert bound.submit().result() == 101
+        ''')
+
+
+    def test_forked_workers_see_changes(self):
+        self.run_script("""
+        class A: x = 1
+        assert call(lambda a: (a, a.x), A) == (A, 1)
+        A.x = 2
+        assert call(lambda a: (a, a.x, a is A), A) == (A, 2, True)
+        """, method="fork")
+
+    def test_many_threads_load_one_class(self):
+        self.run_script("""
+        def load(data, n):
+            import threading
+            sys.setswitchinterval(1e-6)
+            got, go = [], threading.Barrier(n)
+            def one():
+                go.wait()
+                got.extend(concurry._loads(data))
+            threads = [threading.Thread(target=one) for _ in range(n)]
+            [t.start() for t in threads], [t.join() for t in threads]
+            return len(got), len({type(a) for a in got}), all(a.x == [1] for a in got)
+        for _ in range(20):
+            A = type("A", (), {"x": [1]})
+            data = concurry._dumps([A() for _ in range(3)])[0]
+            assert call(load, data, 16) == (48, 1, True)
+        """)
+
+
+class ByValueClassTests(ProgramCase):
+    def test_classes(self):
+        self.run_script('''
+        import weakref
+        class Meta(type):
+            def __new__(meta, name, bases, ns, **kw):
+                return super().__new__(meta, name, bases, ns)
+            def __init__(cls, *args, **kw):
+                cls.made = getattr(cls, "made", 0) + 1
+            def shout(cls): return cls.__name__.upper()
+        class Base(metaclass=Meta, key=1):
+            "Base doc."
+            x: int = 1
+            def who(self): return ["Base"]
+        class Child(Base, key=2):
+            def who(self): return super().who() + [__class__.__name__, Other().name()]
+        class Other:
+            def name(self): return "Other of " + Child.__name__
+        made = Child.made
+        def check(cls):
+            c = cls()
+            assert c.who() == ["Base", "Child", "Other of Child"], c.who()
+            assert cls.shout() == "CHILD" and cls.made == made
+            assert cls.__mro__[1].__doc__ == "Base doc." and cls.__mro__[1].__annotations__ == {"x": int}
+            assert cls.__module__ == "__main__" and cls.__qualname__ == "Child"
+            weakref.ref(c), weakref.ref(cls)
+            return cls
+        assert call(check, Child) is Child
+        assert call(type, Child()) is Child
+        Child.later = 3
+        assert call(lambda c: c.later, Child) == 3
+        Child.later = 4
+        assert call(lambda c: (c.later, c is Child), Child) == (4, True)
+        def local():
+            class Local:
+                def me(self): return Local, __class__
+                class Inner: pass
+            return Local
+        Local = local()
+        assert call(lambda o: o.me(), Local()) == (Local, Local)
+        assert type(call(lambda: Local.Inner())) is Local.Inner
+        class Stop:
+            def __init__(self): self.closed = 0
+            def __eq__(self, other): return True
+            def __len__(self): return 3
+            def __call__(self): return "called"
+            def __iter__(self): return iter([1])
+        s = Stop()
+        assert call(lambda s: (len(s), s(), list(s), Stop.__hash__), s) == (3, "called", [1], None)
+        ''')
+
+    def test_identity_between_messages_and_home(self):
+        self.run_script('''
+        class A: pass
+        def keep(a): sys.kept = [a]
+        call(keep, A())
+        assert call(lambda a: type(a) is type(sys.kept[0]) and isinstance(a, A), A())
+        def make():
+            class There:
+                def f(self): return 1
+            return There
+        There = call(make)
+        assert There().f() == 1 and There.__module__ == "__main__"
+        # It was born there, and goes home as itself.
+        def same():
+            T = make()
+            sys.kept = [T]
+            return T
+        T = call(same)
+        assert call(lambda t: t is sys.kept[-1], T)
+        # To a third process and back.
+        def onward(a):
+            with concurry.Executor("process", 1) as inner:
+                result = inner.submit(lambda: (a, type(a))).result()
+            return result, type(result[0]) is type(a)
+        (a, cls), same_there = call(onward, A())
+        assert type(a) is A and cls is A and same_there
+        ''')
+
+    def test_hooks_do_not_run_again(self):
+        self.run_script('''
+        import abc
+        runs = []
+        class Named:
+            def __set_name__(self, owner, name):
+                runs.append(name)
+                self.name = name
+        class Plugin:
+            def __init_subclass__(cls, key, **kw):
+                super().__init_subclass__(**kw)
+                runs.append(key)
+                cls.key = key
+        class One(Plugin, key="one"):
+            n = Named()
+        class Two(One, key="two"): pass
+        class Mixed(Plugin, dict, key="mixed"): pass
+        class Error(Plugin, Exception, key="error"): pass
+        class Abstract(Plugin, abc.ABC, key="abc"): pass
+        class Concrete(Abstract, key="concrete"): pass
+        class Slotted(Plugin, key="slots"):
+            __slots__ = ("a",)
+        class Bare:
+            __slots__ = ()
+            def __init_subclass__(cls, **kw): runs.append(cls)
+        class Thin(Bare):
+            __slots__ = ("q", "__weakref__")
+        everything = [One, Two, Mixed, Error, Abstract, Concrete, Slotted, Thin]
+        count = len(runs)
+        def check(classes):
+            assert len(runs) == count, runs
+            bases = [cls.__bases__ for cls in classes]
+            dicts = [hasattr(object.__new__(c) if not issubclass(c, (dict, Exception)) else c(), "__dict__")
+                     for c in classes]
+            return [c.key for c in classes[:-1]], One.n.name, bases, dicts
+        here = check(everything)
+        assert call(check, everything) == here, (here, call(check, everything))
+        def more():
+            class Three(One, key="three"): pass
+            return Three.key, runs[-1]
+        assert call(more) == ("three", "three")
+        ''')
+
+    def test_slots(self):
+        self.run_script('''
+        class S:
+            __slots__ = ("a", "__b", "c")
+            def __init__(self): self.a, self.__b = 1, 2
+            def b(self): return self.__b
+        class D(S):
+            __slots__ = {"d": "doc"}
+        class E(D): pass
+        def check(s):
+            assert not hasattr(s, "__dict__") and not hasattr(s, "c")
+            return s.a, s.b(), type(s)
+        assert call(check, S()) == (1, 2, S) and call(check, D()) == (1, 2, D)
+        e = E(); e.x = 3
+        assert call(lambda e: (e.x, e.b()), e) == (3, 2)
+        ''')
+
+    def test_dataclasses(self):
+        self.run_script('''
+        import dataclasses, sys
+        from typing import List, ClassVar
+        from dataclasses import dataclass, field
+        @dataclass
+        class P:
+            x: int
+            y: List[int] = field(default_factory=list)
+            k: ClassVar[int] = 4
+            init: dataclasses.InitVar[int] = 0
+            def __post_init__(self, init): self.x += init
+        @dataclass(frozen=True, order=True)
+        class F:
+            a: int = 1
+            b: "F" = None
+        @dataclass
+        class Sub(P):
+            z: int = 9
+        def check(P, F, Sub):
+            assert [f.name for f in dataclasses.fields(P)] == ["x", "y"]
+            p = P(1, init=2)
+            assert p.x == 3 and p.y == [] and P(1).y is not P(1).y
+            assert dataclasses.asdict(dataclasses.replace(p, x=5, init=0)) == {"x": 5, "y": []}
+            try: F().a = 3
+            except dataclasses.FrozenInstanceError: pass
+            else: assert False
+            assert F(1) < F(2) and hash(F(1)) == hash(F(1)) and repr(F(2)) == "F(a=2, b=None)"
+            @dataclass
+            class More(Sub):
+                w: int = 1
+            assert More(1).w == 1 and Sub(1).z == 9
+            return p, F(3), Sub(2)
+        p, f, s = call(check, P, F, Sub)
+        assert p == P(3) and f == F(3) and s == Sub(2) and type(s) is Sub
+        assert call(lambda f: f.a, F(7)) == 7
+        if sys.version_info >= (3, 10):
+            exec("""
+        @dataclass(slots=True, frozen=True)
+        class L:
+            a: int
+            _: dataclasses.KW_ONLY
+            b: int = 2
+        def slotted(l, L):
+            match l:
+                case L(a): assert a == 1
+            assert not hasattr(l, "__dict__")
+            @dataclass(kw_only=True)
+            class K(L.__base__):
+                c: int
+            return L(5, b=6), dataclasses.replace(l, b=8)
+        assert call(slotted, L(1), L) == (L(5, b=6), L(1, b=8))
+        """)
+        ''')
+
+    def test_enums(self):
+        self.run_script('''
+        import enum, sys
+        class Color(enum.Enum):
+            RED = 1
+            GREEN = "g"
+            CRIMSON = 1
+            LIST = [1]
+            def shout(self): return self.name.upper() + str(K)
+            @classmethod
+            def first(cls): return cls.RED
+            @property
+            def low(self): return self.name.lower()
+        K = 3
+        class Number(enum.IntEnum):
+            ONE = 1
+            TWO = enum.auto()
+        class Text(str, enum.Enum):
+            A = "a"
+            def _generate_next_value_(name, *args): return name.lower()
+        class Perm(enum.Flag):
+            R = 1
+            W = 2
+            RW = 3
+        class IPerm(enum.IntFlag):
+            R = 4
+            W = 2
+        class Planet(enum.Enum):
+            EARTH = (1.5, 2)
+            MARS = (2.5, 3)
+            def __init__(self, mass, radius): self.mass, self.radius = mass, radius
+            def ratio(self): return self.mass / self.radius
+        class Coded(int, enum.Enum):
+            def __new__(cls, value, label):
+                self = int.__new__(cls, value)
+                self._value_ = value
+                self.label = label
+                return self
+            OK = 200, "fine"
+            BAD = 400, "bad"
+        class Pair(tuple, enum.Enum):
+            X = (1, 2)
+        class Missing(enum.Enum):
+            A = 1
+            @classmethod
+            def _missing_(cls, value): return cls.A
+        def check(red, Color, Number, Text, Perm, IPerm, Planet, Coded, Pair, Missing):
+            assert red is Color.RED and Color(1) is red and Color["CRIMSON"] is red
+            assert [c.name for c in Color] == ["RED", "GREEN", "LIST"] and Color([1]) is Color.LIST
+            assert red.shout() == "RED3" and Color.first() is red and red.low == "red"
+            assert Number.TWO == 2 and Number(2) is Number.TWO and isinstance(Number.ONE, int)
+            assert Text.A == "a" and Text("a") is Text.A and Text.A.value == "a"
+            assert Perm.R | Perm.W == Perm.RW and (Perm.R | Perm.W) is Perm.RW and Perm.R in Perm.RW
+            assert (IPerm.R | IPerm.W) == 6 and IPerm.R & 4
+            assert Planet.MARS.ratio() == 2.5 / 3 and Planet((1.5, 2)) is Planet.EARTH
+            assert Coded.OK == 200 and Coded.OK.label == "fine" and Coded(400) is Coded.BAD
+            assert Pair.X == (1, 2) and Pair.X[1] == 2
+            assert Missing(77) is Missing.A and isinstance(red, enum.Enum)
+            try: Color.RED = 3
+            except AttributeError: pass
+            else: assert False
+            return (red, Number.TWO, Text.A, Perm.RW, ~Perm.R, IPerm.R | IPerm.W, Planet.MARS, Coded.BAD, Pair.X)
+        back = call(check, Color.RED, Color, Number, Text, Perm, IPerm, Planet, Coded, Pair, Missing)
+        here = check(Color.RED, Color, Number, Text, Perm, IPerm, Planet, Coded, Pair, Missing)
+        for a, b in zip(back, here):
+            assert a is b or isinstance(b, IPerm) and a == b and type(a) is IPerm, (a, b)
+        assert call(lambda c: c is Color.RED, Color.RED)
+        assert [repr(x) for x in call(lambda: list(Color))] == [repr(x) for x in Color]
+        assert call(lambda: (repr(Color.RED), str(Number.ONE), format(Text.A), repr(Perm.RW), str(IPerm.R))) == \\
+            (repr(Color.RED), str(Number.ONE), format(Text.A), repr(Perm.RW), str(IPerm.R))
+        Color.later = 4
+        assert call(lambda: Color.later) == 4
+        if sys.version_info >= (3, 11):
+            class S(enum.StrEnum):
+                A = enum.auto()
+                B = enum.auto()
+            class Strict(enum.Flag, boundary=enum.KEEP):
+                A = 1
+                B = 4
+            def newer():
+                assert S("b") is S.B and f"{S.A}" == "a"
+                assert list(Strict(5)) == [Strict.A, Strict.B] and Strict(11).value == 11
+                return S.B, Strict.B
+            assert call(newer)[0] is S.B and call(newer)[1] is Strict.B
+        import dataclasses
+        @dataclasses.dataclass
+        class Info:
+            a: int
+            b: int = 3
+        class Infos(Info, enum.Enum):
+            X = 1, 2
+        assert call(lambda: (Infos.X.a, Infos.X.b)) == (1, 2)
+        assert call(lambda: Infos.X) is Infos.X
+        ''')
+
+    def test_abc_typing_and_namedtuples(self):
+        self.run_script('''
+        import abc, collections, typing, sys
+        from typing import Generic, TypeVar, NamedTuple, Protocol, runtime_checkable, NewType, List, Optional
+        T = TypeVar("T", bound=int)
+        U = TypeVar("U", int, str)
+        class Shape(abc.ABC):
+            @abc.abstractmethod
+            def area(self): ...
+            @property
+            @abc.abstractmethod
+            def p(self): ...
+        class Square(Shape):
+            def area(self): return 4
+            p = 1
+        @Shape.register
+        class Virtual: pass
+        def shapes(Shape, Square):
+            try: Shape()
+            except TypeError: pass
+            else: assert False
+            assert isinstance(Virtual(), Shape) and issubclass(Square, Shape) and Square().area() == 4
+            return Square()
+        assert type(call(shapes, Shape, Square)) is Square
+        class Box(Generic[T]):
+            def __init__(self, x): self.x = x
+        class IntBox(Box[int]): pass
+        def boxes():
+            assert Box.__parameters__ == (T,) and IntBox.__orig_bases__ == (Box[int],)
+            return Box[int](3), Box[int], T, U.__constraints__
+        box, alias, t, c = call(boxes)
+        assert type(box) is Box and alias == Box[int] and t is T and c == (int, str)
+        class Point(NamedTuple):
+            x: int
+            y: int = 0
+            def norm(self): return self.x + self.y
+        Old = collections.namedtuple("Old", "a b")
+        def points(p, o):
+            assert p.norm() == 3 and p._replace(x=5).x == 5 and p._asdict() == {"x": 1, "y": 2}
+            assert Point(4) == (4, 0) and Point._fields == ("x", "y") and o.b == 4
+            assert repr(Old(1, 2)) == "Old(a=1, b=2)" and Old._make([1, 2]).a == 1
+            return p, o
+        p, o = call(points, Point(1, 2), Old(3, 4))
+        assert type(p) is Point and type(o) is Old and o == (3, 4)
+        class Movie(typing.TypedDict, total=False):
+            name: str
+        assert call(lambda: (Movie(name="x"), Movie.__total__, list(Movie.__annotations__))) == ({"name": "x"}, False, ["name"])
+        @runtime_checkable
+        class Sized(Protocol):
+            def size(self) -> int: ...
+        class Has:
+            def size(self): return 1
+        assert call(lambda: (isinstance(Has(), Sized), isinstance(3, Sized))) == (True, False)
+        UserId = NewType("UserId", int)
+        assert call(lambda: UserId(3)) == 3
+        class Node:
+            next: Optional["Node"] = None
+            def f(self, x: List["Node"]) -> "Node": return self
+        assert call(lambda: Node().f([]).next) is None
+        if sys.version_info >= (3, 12):
+            exec("""
+        class Gen[X: int]:
+            def f[Y](self, y: Y) -> X: return y
+        assert call(lambda g: (g.f(2), Gen.__type_params__[0].__name__), Gen()) == (2, "X")
+        """)
+        class classproperty(property):
+            def __get__(self, obj, cls): return self.fget(cls)
+        class WithClassProperty:
+            @classproperty
+            def name(cls): return cls.__name__
+        assert call(lambda: WithClassProperty.name) == "WithClassProperty"
+        ''')
+
+    def test_recursion_begun_anywhere(self):
+        self.run_script('''
+        class A:
+            def __init_subclass__(cls, **kw): cls.made = True
+            @property
+            def me(self): return A, B
+            @staticmethod
+            def b(): return B()
+        class B(A):
+            def a(self): return super().b()
+            instance = None
+        B.instance = B()
+        A.table = {"b": B, "f": B.a, "i": B.instance}
+        for thing in (A, B, B.instance, A.__dict__["me"].fget, B.a, A.table, B().a):
+            call(lambda x: x, thing)
+        assert call(lambda: B.instance.me) == (A, B)
+        assert type(call(B().a)) is B
+        def f(): return g, C
+        def g(): return f
+        class C:
+            f = f
+            g = staticmethod(g)
+        C.c = C
+        assert call(lambda: f()[1].c.g()()[1] is C)
+        class Table:
+            @classmethod
+            def make(cls): return cls
+            def plain(self): return self
+        Table.maker = Table.make
+        Table.it = Table().plain
+        assert call(lambda: Table.maker()) is Table and call(Table.it).__class__ is Table
+        method = call(lambda: Table.make)
+        assert method.__func__ is Table.make.__func__
+        ''')
+
+
+class ByValueErrorTests(ProgramCase):
+    def test_kinds(self):
+        self.run_script('''
+        import sys, threading
+        class MyError(Exception): pass
+        class Needs(Exception):
+            def __init__(self, code, *, text): super().__init__(text); self.code = code
+        class Holds(Exception):
+            def __init__(self): self.lock = threading.Lock()
+        class Changes(Exception):
+            def __init__(self, text): super().__init__("again: " + text)
+        class Exits(Exception):
+            def __reduce__(self): return sys.exit, (3,)
+        class Unprintable(Exception):
+            def __init__(self, a, b): super().__init__(a)
+            def __str__(self): raise ValueError
+        class Attributes(Exception):
+            def __init__(self, a): self.a = a
+        def throw(error):
+            raise error() from ValueError("deeper")
+        def caught(make):
+            try: call(throw, make)
+            except BaseException as error: return error
+        error = caught(lambda: MyError(1, [2]))
+        assert type(error) is MyError and error.args == (1, [2])
+        text = str(error.__cause__)
+        assert "deeper" in text and "direct cause" in text and "in throw" in text
+        for make, name in ((lambda: Needs(1, text="abc"), "Needs"), (Holds, "Holds"),
+                     (lambda: Changes("x"), "Changes"), (Exits, "Exits"), (lambda: Unprintable(1, 2), "Unprintable")):
+            error = caught(make)
+            assert type(error) is concurry.RemoteError, error
+            assert error.type_name == "__main__." + name and "in throw" in error.traceback
+            assert name in str(error)
+        assert "abc" in str(caught(lambda: Needs(1, text="abc")))
+        assert caught(lambda: Attributes([1])).a == [1]
+        assert type(caught(lambda: SystemExit(3))) is SystemExit
+        error = caught(lambda: ValueError("x" * 200_000, b"y" * 100_000))
+        assert error.args[1] == b"y" * 100_000
+        assert type(caught(lambda: KeyError("k"))) is KeyError
+        def local():
+            class Local(Exception): pass
+            return Local
+        Local = local()
+        assert type(caught(lambda: Local(5))) is Local
+        def noted():
+            error = MyError("x")
+            error.__notes__ = ["note"]
+            return error
+        assert caught(noted).__notes__ == ["note"]
+        # The trial in the receiver leaves its classes as they are.
+        state = 0
+        class Stateful(Exception):
+            def bump(self):
+                global state
+                state += 1
+                return state
+        def fails():
+            Stateful().bump()
+            sys.kept = [Stateful]
+            raise Stateful(3)
+        try: call(fails)
+        except Stateful: pass
+        assert call(lambda: sys.kept[-1]().bump()) == 2
+        ''')
+
+    def test_remote_error(self):
+        error = RemoteError("a.B", "text", "trace")
+        again = pickle.loads(pickle.dumps(error))
+        self.assertEqual((again.type_name, again.traceback, str(again)), ("a.B", "trace", "a.B: text"))
+
+
+class ByValueOptionalTests(ProgramCase):
+    def test_attrs(self):
+        self.need("attr")
+        self.run_script('''
+        import attr, attrs
+        @attrs.define
+        class A:
+            x: int
+            y: list = attrs.field(factory=list, validator=attrs.validators.instance_of(list), metadata={"m": 1})
+        @attrs.frozen
+        class B(A):
+            z: int = attrs.field(default=3, converter=int)
+        @attr.s(auto_attribs=True)
+        class C:
+            a: int = 1
+        def check(a, A, B, C):
+            assert [f.name for f in attrs.fields(B)] == ["x", "y", "z"] and attrs.fields(A).y.metadata["m"] == 1
+            assert a == A(1) and attrs.evolve(a, x=2).x == 2 and attrs.asdict(a) == {"x": 1, "y": []}
+            try: A(1, 2)
+            except TypeError: pass
+            else: assert False
+            try: B(1).z = 2
+            except attrs.exceptions.FrozenInstanceError: pass
+            else: assert False
+            return B(5, z="7"), C(4), A(1)
+        assert call(check, A(1), A, B, C) == (B(5, z=7), C(4), A(1))
+        ''')
+
+    def test_validate_call(self):
+        self.need("pydantic")
+        for head in ("", "from __future__ import annotations\n"):
+            self.run_script('''
+            from pydantic import validate_call, ValidationError, BaseModel
+            from typing import List
+            class Conf(BaseModel):
+                a: int
+            @validate_call
+            def f(x: int, conf: Conf = None) -> List[int]:
+                return [x] if x < 2 else f(str(x - 1)) + [x]
+            @validate_call(validate_return=True, config={"strict": True})
+            def g(x: int) -> int: return x if x else "bad"
+            assert call(f, "3") == [1, 2, 3]
+            assert call(lambda: f(1, {"a": "3"})) == [1]
+            assert call(lambda: f.__wrapped__ is f.raw_function and f.__name__) == "f"
+            for args in (("1",), (0,)):
+                try: call(g, *args)
+                except (ValidationError, concurry.RemoteError) as error: pass
+                else: assert False
+            assert call(g, 1) == 1
+            @validate_call
+            async def co(x: int): return x
+            import asyncio
+            assert call(lambda: asyncio.run(co("3"))) == 3
+            class W:
+                @validate_call
+                def method(self, x: int) -> int: return x + 1
+            assert call(lambda w: w.method("2"), W()) == 3
+            assert call(lambda: f)("2") == [1, 2]
+            ''', head=head)
+
+    def test_morphic(self):
+        self.need("morphic")
+        self.run_script('''
+        from morphic import Typed, validate
+        from typing import List
+        @validate
+        def f(x: int, items: List[int] = "[]"[:0] or [1]): return x, items
+        assert call(f, "3", ["4"]) == (3, [4])
+        class Conf(Typed):
+            a: int
+            b: List[int] = [1]
+            def total(self): return self.a + sum(self.b) + K
+        K = 100
+        def check(c):
+            assert Conf(a="2").a == 2 and c.total() == 106 and isinstance(c, Conf)
+            try: Conf(a="x")
+            except ValueError: pass
+            else: assert False
+            try: c.a = 4
+            except Exception: pass
+            else: assert False
+            return Conf(a=1), Conf
+        c, cls = call(check, Conf(a=5))
+        assert type(c) is Conf and cls is Conf and c == Conf(a=1)
+        class W:
+            @validate
+            def go(self, c: Conf) -> int: return c.a
+        assert call(lambda: W().go({"a": "7"})) == 7
+        ''')
+
+    def test_models(self):
+        self.need("pydantic")
+        for head in ("", "from __future__ import annotations\n"):
+            self.run_script('''
+            import typing
+            from typing import List, Optional, Generic, TypeVar
+            from pydantic import (BaseModel, Field, PrivateAttr, ValidationError, computed_field,
+                                  field_validator, model_validator, ConfigDict, field_serializer)
+            LIMIT = 10
+            class Inner(BaseModel):
+                x: int = 1
+            class Model(BaseModel):
+                model_config = ConfigDict(frozen=True)
+                n: int = Field(gt=0)
+                inner: Inner = Inner()
+                many: List[Inner] = []
+                child: Optional["Model"] = None
+                _secret: int = PrivateAttr(default=5)
+                @field_validator("n")
+                @classmethod
+                def small(cls, v):
+                    if v > LIMIT: raise ValueError("too big")
+                    return v
+                @model_validator(mode="after")
+                def whole(self): return self
+                @computed_field
+                @property
+                def twice(self) -> int: return self.n * 2
+                @field_serializer("n")
+                def text(self, n): return str(n)
+                def method(self): return self._secret + self.n
+            T = TypeVar("T")
+            class Wrap(BaseModel, Generic[T]):
+                it: T
+            class Sub(Model):
+                extra: int = 0
+            def check(m, Model, Sub):
+                assert m.method() == 6 and type(m.inner) is Inner and isinstance(m, Model)
+                assert Model(n="3", inner={"x": "4"}).inner.x == 4
+                for bad in (0, 11):
+                    try: Model(n=bad)
+                    except ValidationError: pass
+                    else: assert False
+                assert m.model_dump() == {"n": "1", "inner": {"x": 1}, "many": [], "child": None, "twice": 2}
+                assert Model.model_validate_json(Sub(n=2, child=m).model_dump_json()).child.n == 1
+                try: m.n = 4
+                except ValidationError: pass
+                else: assert False
+                assert Model.model_json_schema()["$ref"] == "#/$defs/Model"
+                assert Wrap[int](it="3").it == 3
+                class Later(Model):
+                    z: int = 3
+                assert Later(n=1).z == 3
+                return Model(n=2), Sub(n=3), Model
+            m, s, M = call(check, Model(n=1), Model, Sub)
+            assert type(m) is Model and m.n == 2 and type(s) is Sub and M is Model and m == Model(n=2)
+            assert call(lambda m: m.n, Model(n=4)) == 4
+            def local():
+                import threading
+                lock = threading.Lock()
+                class Local(BaseModel):
+                    q: int
+                return Local
+            Local = local()
+            assert call(lambda: Local(q="1")) == Local(q=1)
+            ''', head=head)
+
+    def test_numpy_in_functions(self):
+        self.need("numpy")
+        self.run_script('''
+        import numpy as np
+        import numpy.linalg
+        def f(a): return np.linalg.norm(a), np.sum(a), np.float64(3)
+        assert call(f, np.ones(4)) == (2.0, 4.0, 3.0)
+        big = np.arange(200_000)
+        assert (call(lambda a: a[::2] * 2, big) == big[::2] * 2).all()
+        ''')
+
+
+class ByValueWaysTests(ProgramCase):
+    """A script without a main guard, however it is run, under every start method."""
+
+    BODY = '''
+        import concurry
+        print("once")
+        class MyError(Exception): pass
+        class Account(concurry.Worker):
+            made = 0
+            def __init__(self, start): self.money = start
+            def spend(self, n):
+                if n > self.money: raise MyError(n, self.money)
+                self.money -= n
+                return Receipt(n, self)
+        class Receipt:
+            def __init__(self, n, account): self.n, self.kind = n, type(account)
+        K = 2
+        @concurry.task(mode="process", mp_context=sys.argv[-1])
+        def double(x): return [x * K, __name__]
+        with Account.options(mode="process", mp_context=sys.argv[-1]).init(5) as account:
+            receipt = account.spend(3).result()
+            assert type(receipt) is Receipt and receipt.kind is Account and receipt.n == 3
+            try: account.spend(3).result()
+            except MyError as error: assert error.args == (3, 2)
+            assert account.spend(2).result().n == 2         # the object kept its state
+        assert double(4).result() == [8, "__main__"]
+        double.stop()
+        with concurry.Executor("process", 2, mp_context=sys.argv[-1]) as pool:
+            assert list(pool.map(lambda x: x ** K, range(4))) == [0, 1, 4, 9]
+            assert pool.submit(lambda r: r.kind is Account, receipt).result()       # on to the next worker
+        print("passed")
+    '''
+
+    def check(self, way):
+        programs = [Program(self, self.BODY, method, way=way) for method in START_METHODS]
+        self.assertEqual([program.output() for program in programs], [("once\npassed\n", "")] * len(programs))
+
+    def test_file(self):
+        self.check("file")
+
+    def test_standard_input(self):
+        self.check("stdin")
+
+    def test_command(self):
+        self.check("-c")
+
+    def test_interactive_main(self):
+        """In a notebook each cell is compiled by itself, and `__main__` has no file."""
+        self.check_program('''
+            import types, concurry
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            def cell(text): exec(compile(text, "<cell>", "exec"), vars(main))
+            cell("import concurry; K = 1")
+            cell("""
+            class Box(concurry.Worker):
+                def get(self): return helper()
+            """.replace("\\n            ", "\\n"))
+            cell("def helper(): return K, __name__")
+            cell("box = Box.options(mode='process').init(); first = box.get().result()")
+            cell("K = 2")
+            cell("def helper(): return K, 'new'")
+            cell("second = concurry.Executor('process', 1).submit(lambda: helper()).result()")
+            print(main.first, main.second)
+        ''', "(1, '__main__') (2, 'new')\n")
+
+
+class SurroundingsTests(ProgramCase):
+    """What a worker takes over from its parent, as it is at `init`."""
+
+    def test_path_directory_environment_and_arguments(self):
+        code = '''
+            import concurry
+            concurry.Executor("process", 1).submit(int).result()        # the fork server runs already
+            folder, method = sys.argv[1:]
+            os.chdir(folder)
+            sys.path.append(folder + "/more")
+            os.environ["CONCURRY_NEW"] = "yes"
+            os.environ.pop("CONCURRY_TESTS", None)
+            sys.argv = ["other", "words"]
+            with concurry.Executor("process", 1, mp_context=method) as pool:
+                os.chdir("/")
+                sys.path.pop()
+                os.environ["CONCURRY_NEW"] = "no"
+                sys.argv[:] = []
+                seen = lambda: (os.getcwd(), sys.path[-1], os.environ["CONCURRY_NEW"], os.getenv("CONCURRY_TESTS"),
+                                sys.argv, __import__("subprocess").check_output(["sh", "-c", "echo $CONCURRY_NEW"]))
+                expected = folder, folder + "/more", "yes", None, ["other", "words"], b"yes\\n"
+                assert pool.submit(seen).result() == expected, pool.submit(seen).result()
+                from signal import SIGKILL
+                try: pool.submit(lambda: os.kill(os.getpid(), SIGKILL)).result()
+                except concurry.WorkerDiedError: pass
+                assert pool.submit(seen).result() == expected           # and in its successor
+            print("passed")
+        '''
+        for method in START_METHODS:
+            with self.subTest(method):
+                self.check_program(code, "passed\n", os.path.realpath(self.folder()), method, errors="state is lost")
+
+    def test_output_is_flushed_at_the_end(self):
+        code = '''
+            import atexit, concurry
+            class Talks(concurry.Worker):
+                def go(self): print("from", end=" "); print("err", end="", file=sys.stderr); atexit.register(print, "exit")
+                def __del__(self): print("del", end=" ")
+            print("parent", end=" ")
+            worker = Talks.options(mode="process", mp_context=sys.argv[1]).init()
+            worker.go().result()
+            if sys.argv[2] == "stop": worker.stop()
+            print("end")
+        '''
+        for method in START_METHODS:
+            for how in ("stop", "leave"):
+                with self.subTest(method, how=how):
+                    program = Program(self, code, method, how)
+                    output, errors = program.output()
+                    self.assertEqual(sorted(output.split()), sorted("parent from del exit end".split()))
+                    self.assertIn("err", errors)
+
+    def test_standard_input_is_empty_and_descriptors_are_few(self):
+        def look():
+            kinds = {number: os.readlink(f"/proc/self/fd/{number}") for number in range(3, 200)
+                     if os.path.islink(f"/proc/self/fd/{number}")}
+            programs = subprocess.run("ls /proc/self/fd", shell=True, close_fds=False, stdout=-1, stdin=-3)
+            return sys.stdin.read(), kinds, programs.stdout.split(), threading.current_thread() is threading.main_thread()
+
+        for method in START_METHODS:
+            with self.subTest(method), Executor("process", 2, mp_context=method) as pool:
+                pool.submit(int).result()
+                text, kinds, programs, is_main = pool.submit(look).result()
+                sockets = [what for what in kinds.values() if "socket" in what]
+                self.assertEqual((text, len(sockets), is_main), ("", 2, True), kinds)
+                self.assertFalse(set(programs) - {b"0", b"1", b"2", b"3"} if method != "fork" else 0, programs)
+
+    def test_signals_and_interpreter_flags(self):
+        """Neither the parent's handlers nor its mask reach a worker, nor the programs that it starts."""
+        code = '''
+            import signal, concurry
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, lambda *args: print("handled", flush=True))
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            def look():
+                import subprocess
+                words = subprocess.run(["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"], stdout=-1).stdout.split()
+                return int(words[1], 16), int(words[3], 16) & (1 << 1 | 1 << 14), tuple(sys.flags), sys._xoptions
+            for method in sys.argv[1:]:
+                with concurry.Executor("process", 1, mp_context=method) as pool:
+                    assert pool.submit(look).result() == (0, 0, tuple(sys.flags), sys._xoptions), pool.submit(look).result()
+            print(signal.pthread_sigmask(signal.SIG_BLOCK, []) == {signal.SIGTERM})
+        '''
+        self.check_program(code, "True\n", *START_METHODS, flags=["-I", "-S", "-O", "-X", "utf8"])
+
+    def test_closed_standard_streams(self):
+        self.check_program('''
+            import concurry
+            saved = os.dup(1)
+            saved = os.dup2(saved, 30)
+            for number in (0, 1, 2): os.close(number)
+            for method in sys.argv[1:]:
+                with concurry.Executor("process", 1, mp_context=method) as pool:
+                    os.write(30, b"%d " % pool.submit(lambda: 7).result())
+        ''', "7 7 7 ", *START_METHODS)
+
+
+class MultiprocessingObjectTests(ProgramCase):
+    """Queues, locks, events and values of multiprocessing, given to `init`."""
+
+    CODE = '''
+        import multiprocessing, concurry
+        class Uses(concurry.Worker):
+            def __init__(self, queue, event, value, lock=None, pipe=None):
+                self.queue, self.event, self.value, self.lock, self.pipe = queue, event, value, lock, pipe
+            def go(self):
+                self.queue.put(self.event.wait(20))
+                with self.lock, self.value.get_lock(): self.value.value += 1
+                self.pipe.send("pipe")
+        for kind, method in (pair.split(",") for pair in sys.argv[1:]):
+            context = multiprocessing.get_context(kind)
+            queue, event, value, (here, there) = context.Queue(), context.Event(), context.Value("i", 4), context.Pipe()
+            with Uses.options(mode="process", mp_context=method).init(queue, event, value, lock=context.Lock(), pipe=there) as uses:
+                future = uses.go()
+                event.set()
+                future.result()
+                print(queue.get(timeout=20), value.value, here.recv())
+            queue.close(); queue.join_thread()
+    '''
+
+    def test_spawn_and_forkserver_context(self):
+        pairs = [f"{kind},{method}" for kind in ("spawn", "forkserver") for method in START_METHODS]
+        self.check_program(self.CODE, "True 5 pipe\n" * len(pairs), *pairs)
+
+    def test_fork_context(self):
+        self.check_program(self.CODE, "True 5 pipe\n", "fork,fork")
+
+    def test_fork_context_elsewhere(self):
+        context = multiprocessing.get_context("fork")
+        with contextlib.closing(context.Queue()) as elsewhere:
+            for method in ("forkserver", "spawn"):
+                for thing in (elsewhere, context.Lock(), [context.Event()]):
+                    with self.assertRaisesRegex(TypeError, "fork"):
+                        self.start(KeepsIt, thing, mode="process", mp_context=method)
+
+    def test_connection_among_the_arguments(self):
+        for method in START_METHODS:
+            here, there = multiprocessing.Pipe()
+            with here, there:
+                keeps = self.start(KeepsIt, there, mode="process", mp_context=method)
+                keeps.send("hello").result(SAFETY)
+                self.assertEqual(here.recv(), "hello")
+                keeps.stop()
+
+
+# === Faults ===
+#
+# One pool for each start method and size goes through the whole table: after each fault it has to be
+# as it was, so a fault that spoils it shows in the next.
+
+class Fault(typing.NamedTuple):
+    """A call that goes wrong, and what has to become of it."""
+
+    row: int                        # of FAULTS
+    call: typing.Callable           # submits it: call(handle) -> future
+    error: type                     # what its future raises
+    text: str = ""                  # a pattern in that error's text
+    cause: str = ""                 # a pattern in its cause
+    deaths: int = 0                 # workers that are replaced
+    check: typing.Callable = None   # what else holds for the error
+
+
+class ExitsWhenLoaded:
+    """An object that ends the process that loads it, unless it is its own."""
+
+    def __init__(self, code=4):
+        self.code, self.home = code, os.getpid()
+
+    def __reduce__(self):
+        return _exit_unless_in, (self.home, self.code)
+
+
+def _exit_unless_in(home, code):
+    if os.getpid() != home:
+        os._exit(code)
+
+
+class FailsWhenLoaded:
+    def __init__(self, where=None):
+        self.where = where              # None: everywhere, else in this process only
+
+    def __reduce__(self):
+        return _fail_in, (self.where,)
+
+
+def _fail_in(where):
+    if where in (None, os.getpid()):
+        raise ZeroDivisionError("while loading")
+
+
+class Picky(Exception):
+    """An exception that cannot be made again from its `args`."""
+
+    def __init__(self, code, *, text):
+        super().__init__(text)
+
+
+class Holder(Exception):
+    def __init__(self):
+        super().__init__("held")
+        self.lock = threading.Lock()
+
+
+class OwnInterrupt(BaseException):
+    pass
+
+
+class Patient(Worker):
+    """A worker that is made to suffer; it has a state, to tell when that is lost."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, n=1):
+        self.count += n
+        return self.count
+
+    def pid(self):
+        return os.getpid()
+
+    def give(self, *args, config=None):
+        return len(args)
+
+    def wait_for(self, flag, began=None):
+        if began:
+            began.set()
+        flag.wait()
+        return "waited"
+
+    def exit(self, code):
+        os._exit(code)
+
+    def kill(self, number):
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    def kill_when(self, flag, began):
+        self.wait_for(flag, began)
+        self.kill(9)
+
+    def crash(self):
+        faulthandler.disable()
+        import ctypes
+        ctypes.string_at(0)
+
+    def die_in(self, name, times, size):
+        """Die at the n-th coming call of a socket's method; return something large."""
+        def watch(frame, event, function):
+            nonlocal times
+            if event == "c_call" and function.__name__ == name:
+                times -= 1
+                if not times:
+                    os.kill(os.getpid(), 9)
+        sys.setprofile(watch)
+        return bytearray(size)
+
+    def close_descriptors(self):
+        os.closerange(2, 1000)          # 2 too: there is a traceback that nobody wants
+        return "closed"
+
+    def throw(self, kind, *args):
+        raise kind(*args)
+
+    def throw_picky(self):
+        raise Picky(3, text="the original text")
+
+    def result_with(self, what):
+        return {"fine": 1, "inner": [0, what()]}
+
+    def ignore_and_wait(self, began):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        began.set()
+        while True:
+            signal.pause()
+
+    def tidy_on_term(self, flag, began):
+        def tidy(number, frame):
+            flag.set()
+            os._exit(0)
+        signal.signal(signal.SIGTERM, tidy)
+        began.set()
+        while True:
+            signal.pause()
+
+
+class Fragile(Worker):
+    """A worker that cannot be built, at first or when it is built again."""
+
+    def __init__(self, how, path=None, times=1):
+        if path is not None:                    # it may be built so many times
+            with open(path, "a+") as file:
+                file.write("x")
+                if file.tell() <= times:
+                    return
+        if isinstance(how, int):
+            os._exit(how)
+        raise how
+
+    def exit(self, code=5):
+        os._exit(code)
+
+    def pid(self):
+        return os.getpid()
+
+
+class KeepsIt(Worker):
+    def __init__(self, it):
+        self.it = it
+
+    def send(self, what):
+        self.it.send(what)
+
+
+FAULTS = {
+    "os._exit": Fault(1, lambda h: h.exit(3), WorkerDiedError, r"exit code 3.*exit\(\)", deaths=1,
+                      check=lambda e: (e.exitcode, e.method) == (3, "exit")),
+    "kill -9": Fault(1, lambda h: h.kill(9), WorkerDiedError, r"signal 9 \(SIGKILL\).*kill\(\)", deaths=1,
+                     check=lambda e: e.exitcode == -9 and str(e.pid) in str(e) and e.worker in str(e)),
+    "SIGTERM": Fault(1, lambda h: h.kill(15), WorkerDiedError, "SIGTERM", deaths=1),
+    "segfault": Fault(1, lambda h: h.crash(), WorkerDiedError, r"signal 11 \(SIGSEGV\).*crash\(\)", deaths=1),
+    "dies while sending": Fault(3, lambda h: h.die_in("sendall", 2, 1 << 22), WorkerDiedError, "SIGKILL.*die_in", deaths=1),
+    "closes its descriptors": Fault(1, lambda h: h.close_descriptors(), WorkerDiedError, "close_descriptors", deaths=1),
+    "SystemExit": Fault(5, lambda h: h.throw(SystemExit, 3), SystemExit, "3", cause="in throw"),
+    "sys.exit text": Fault(5, lambda h: h.throw(SystemExit, "bye"), SystemExit, "bye"),
+    "KeyboardInterrupt": Fault(5, lambda h: h.throw(KeyboardInterrupt), KeyboardInterrupt),
+    "CancelledError": Fault(5, lambda h: h.throw(asyncio.CancelledError), asyncio.CancelledError),
+    "the other one": Fault(5, lambda h: h.throw(concurrent.futures.CancelledError), concurrent.futures.CancelledError),
+    "GeneratorExit": Fault(5, lambda h: h.throw(GeneratorExit), GeneratorExit),
+    "BaseException": Fault(5, lambda h: h.throw(OwnInterrupt, "own"), OwnInterrupt, "own", "in throw"),
+    "StopIteration": Fault(5, lambda h: h.throw(StopIteration, 5), StopIteration, "5"),
+    "argument": Fault(6, lambda h: h.give(1, config={"lock": threading.Lock()}), pickle.PicklingError,
+                      r"argument 'config'\['lock'\] of give\(\): cannot pickle '_thread.lock' object"),
+    "argument with a reason": Fault(6, lambda h: h.give(0, [h]), pickle.PicklingError,
+                                    r"argument 2\[0\] of give\(\): a handle .* cannot travel"),
+    "deep argument": Fault(6, lambda h: h.give(functools.reduce(lambda deep, _: [deep], range(100_000))),
+                           pickle.PicklingError, r"argument 1 of give\(\).*nested too deeply"),
+    "result": Fault(7, lambda h: h.result_with(threading.Lock), pickle.PicklingError,
+                    r"result\['inner'\]\[1\] of result_with\(\): cannot pickle '_thread.lock' object"),
+    "argument that does not load": Fault(8, lambda h: h.give(FailsWhenLoaded()), pickle.PicklingError,
+                                         "ZeroDivisionError: while loading",
+                                         check=lambda e: isinstance(e.__cause__, ZeroDivisionError)),
+    "result that does not load": Fault(8, lambda h: h.result_with(functools.partial(FailsWhenLoaded, os.getpid())),
+                                       pickle.PicklingError, r"result_with\(\).*ZeroDivisionError: while loading",
+                                       check=lambda e: isinstance(e.__cause__, ZeroDivisionError)),
+    "argument whose loading exits": Fault(9, lambda h: h.give(ExitsWhenLoaded()), WorkerDiedError,
+                                          r"exit code 4.*give\(\)", deaths=1),
+    "exception with needs": Fault(10, lambda h: h.throw_picky(), RemoteError, "Picky: the original text", "in throw_picky",
+                                  check=lambda e: e.type_name.endswith("Picky") and "in throw_picky" in e.traceback),
+    "exception with a lock": Fault(10, lambda h: h.throw(Holder), RemoteError, "Holder: held", "in throw"),
+}
+
+
+class FaultTableTests(CleanTestCase):
+    def check_table(self, method, size):
+        logger, records = logging.getLogger("concurry"), queue.SimpleQueue()
+        handler = logging.handlers.QueueHandler(records)
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
+        handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
+        restarts = 0
+        for name, fault in FAULTS.items():
+            before = [handle.pid() for _ in range(size)]
+            future = fault.call(handle)
+            after = [handle.pid() for _ in range(size)]
+            restarts += fault.deaths
+            with self.subTest(name, row=fault.row, method=method, size=size):
+                error = future.exception(SAFETY)
+                self.assertIs(type(error), fault.error, error)
+                self.assertRegex(str(error), f"(?s){fault.text}")
+                self.assertIn(fault.cause, str(error.__cause__))
+                if fault.check:
+                    self.assertTrue(fault.check(error), (error, error.__cause__))
+            with self.subTest(name + ": and the others", row=fault.row, method=method, size=size):
+                before, after = ({future.result(SAFETY) for future in some} for some in (before, after))
+                self.assertEqual((len(before), len(after & before)), (size, size - fault.deaths))
+                self.assertEqual(handle.get_pool_stats()["restarts"], restarts)
+                for _ in range(fault.deaths):
+                    self.assertIn("state is lost", records.get(timeout=SAFETY).getMessage())
+                self.assertTrue(records.empty())
+        self.assertEqual(len(handle._pool.calls), 0)
+
+    def test_dying_while_a_call_is_received(self):
+        """Row 4: it had not begun, and is carried out by the next worker."""
+        for method in START_METHODS:
+            for size in (1, 3):
+                with self.subTest(method, size=size), self.log_of() as logs:
+                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
+                    handle.die_in("recv_into", 1, 1).result(SAFETY)
+                    futures = [handle.give(bytearray(1 << 20)) for _ in range(size)]
+                    self.assertEqual([future.result(SAFETY) for future in futures], [1] * size)
+                    self.assertEqual(len({handle.pid().result(SAFETY) for _ in range(size)}), size)
+                    self.assertEqual(handle.get_pool_stats()["restarts"], 1)
+                    handle.stop()
+                self.assertRegex(logs.output[0], "state is lost")
+
+    def test_death_of_an_idle_worker(self):
+        """Row 2."""
+        for method in START_METHODS:
+            for size in (1, 3):
+                with self.subTest(method, size=size), self.log_of() as logs:
+                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
+                    pids = [handle.pid().result(SAFETY) for _ in range(size)]
+                    os.kill(pids[0], 9)
+                    self.assertTrue(until_gone(pids[0]))
+                    later = [handle.add().result(SAFETY) for _ in range(size)] and \
+                        [handle.pid().result(SAFETY) for _ in range(size)]
+                    self.assertEqual((len(set(later)), len(set(later) & set(pids))), (size, size - 1))
+                    self.assertEqual(handle.get_pool_stats()["restarts"], 1)
+                    handle.stop()
+                self.assertRegex(logs.output[0], f"Patient-0.*{pids[0]}.*state is lost")
+
+    def test_full_queue_behind_a_death(self):
+        """Row 24: blocked submitters wake, in order; what had not begun is carried out, once."""
+        for method in START_METHODS:
+            with self.subTest(method), self.log_of():
+                handle = self.start(Patient, mode="process", mp_context=method, max_queued_tasks=2)
+                flag, began = self.flag(), self.flag()
+                doomed = handle.kill_when(flag, began)
+                began.wait()
+                queued, results = handle.add(), queue.SimpleQueue()
+                threads = [threading.Thread(target=lambda: results.put(handle.add().result(SAFETY))) for _ in range(4)]
+                for thread in threads:
+                    thread.start()
+                flag.set()
+                self.assertIs(type(doomed.exception(SAFETY)), WorkerDiedError)
+                self.assertEqual(queued.result(SAFETY), 1)
+                self.assertEqual(sorted(results.get(timeout=SAFETY) for _ in threads), [2, 3, 4, 5])
+                for thread in threads:
+                    thread.join(SAFETY)
+                handle.stop()
+
+
+for _method in START_METHODS:
+    for _size in (1, 3):
+        setattr(FaultTableTests, f"test_table_{_method}_{_size}",
+                lambda self, method=_method, size=_size: self.check_table(method, size))
+
+
+class ConstructorTests(ProgramCase):
+    def check_nothing_left(self, before):
+        concurry._close_server()
+        self.assertEqual(set(descendants()) - before, set())
+
+    def test_exception(self):
+        """Row 11: `init` raises it, as itself, and nothing is left running."""
+        for method in START_METHODS:
+            for size in (1, 3):
+                with self.subTest(method, size=size):
+                    before = set(descendants())
+                    for error in [KeyError("k"), OwnInterrupt("own"), FileNotFoundError(2, "no", "file")][:4 - size]:
+                        with self.assertRaises(type(error)) as caught:
+                            Fragile.options(mode="process", mp_context=method, max_workers=size).init(error)
+                        self.assertEqual(caught.exception.args, error.args)
+                        self.assertIn("in __init__", str(caught.exception.__cause__))
+                    self.check_nothing_left(before)
+
+    def test_exit(self):
+        """Row 12: told at once, and it is not tried again and again."""
+        for method in START_METHODS:
+            for size in (1, 3):
+                with self.subTest(method, size=size):
+                    before, path = set(descendants()), os.path.join(self.folder(), "starts")
+                    for how, text in ((7, "exit code 7.*before it was built"), (SystemExit(8), "constructor.*SystemExit.8")):
+                        with self.assertRaisesRegex(WorkerDiedError, text):
+                            Fragile.options(mode="process", mp_context=method, max_workers=size).init(how, path, 0)
+                    self.assertLessEqual(len(open_and_read(path)), 2 * size)
+                    self.check_nothing_left(before)
+
+    def test_one_of_a_pool(self):
+        for method in START_METHODS:
+            with self.subTest(method):
+                before, path = set(descendants()), os.path.join(self.folder(), "starts")
+                with self.assertRaisesRegex(ValueError, "the third"):
+                    Fragile.options(mode="process", mp_context=method, max_workers=3).init(ValueError("the third"), path, 2)
+                self.check_nothing_left(before)
+
+    def test_given_up(self):
+        """Row 13: after three starts in a row that failed, all pending and later calls fail with the cause."""
+        for method in START_METHODS:
+            for how, kind, text in ((KeyError("again"), KeyError, "again"), (6, WorkerDiedError, "exit code 6")):
+                with self.subTest(method, how=how), self.log_of() as logs:
+                    path = os.path.join(self.folder(), "starts")
+                    handle = self.start(Fragile, how, path, mode="process", mp_context=method)
+                    killed, pending = handle.exit(), [handle.pid() for _ in range(3)]
+                    self.assertEqual(killed.exception(SAFETY).exitcode, 5)
+                    for future in pending + [handle.pid()]:
+                        self.assertIsInstance(future.exception(SAFETY), kind)
+                        self.assertRegex(str(future.exception()), text)
+                    self.assertEqual(len(open_and_read(path)), 1 + 3)
+                    self.assertEqual(handle.get_pool_stats()["total_workers"], 0)
+                    handle.stop()
+                self.assertTrue(any("state is lost" in line for line in logs.output))
+
+    def test_others_take_over(self):
+        """Row 13, in a pool; a call that kills its worker is charged to the call, however often."""
+        for method in START_METHODS:
+            with self.subTest(method), self.log_of():
+                path = os.path.join(self.folder(), "starts")
+                handle = self.start(Fragile, 6, path, 3, mode="process", mp_context=method, max_workers=3)
+                self.assertEqual(handle.exit().exception(SAFETY).exitcode, 5)       # its place cannot be filled again
+                pids = {future.result(SAFETY) for future in [handle.pid() for _ in range(12)]}
+                self.assertIn(len(pids), (2, 3))
+                self.assertEqual(len({handle.pid().result(SAFETY) for _ in range(6)}), 2)
+                self.assertEqual(handle.get_pool_stats()["total_workers"], 2)
+                handle.stop()
+        with self.log_of():
+            steady = self.start(Patient, mode="process")
+            futures = [steady.exit(n) for n in range(5)]
+            self.assertEqual([future.exception(SAFETY).exitcode for future in futures], list(range(5)))
+            self.assertEqual(steady.add(2).result(SAFETY), 2)
+
+    def test_no_descriptors(self):
+        """Row 30: the OSError reaches `init`; nothing is left; where there are workers, they take the calls."""
+        code = '''
+            import concurry, errno, resource, threading
+            method = sys.argv[1]
+            def descriptors():
+                for thread in threading.enumerate():
+                    if thread is not threading.main_thread(): thread.join()
+                return sorted(os.listdir("/proc/self/fd"))
+            with concurry.Executor("process", 1, mp_context=method) as pool:
+                pool.submit(int).result()
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            before, outcomes = descriptors(), set()
+            for spare in range(1, 40, 2):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (int(max(before, key=int)) + 1 + spare, hard))
+                try:
+                    with concurry.Executor("process", 1, mp_context=method) as pool:
+                        outcomes.add(pool.submit(lambda: "worked").result())
+                        on_demand = concurry.Executor("process", 2, mp_context=method, on_demand=True)
+                        calls = [on_demand.submit(lambda n: n, n) for n in range(4)]
+                        for call in calls:
+                            error = call.exception()
+                            outcomes.add("on demand" if error is None else error.errno)
+                        on_demand.shutdown()
+                except OSError as error:
+                    outcomes.add(error.errno)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                left = descriptors()
+                assert left == before, (spare, left, before)
+            print(outcomes == {errno.EMFILE, "worked", "on demand"} or outcomes)
+        '''
+        programs = [Program(self, code, method) for method in START_METHODS]
+        self.assertEqual([program.output() for program in programs], [("True\n", "")] * len(programs))
+
+    def test_no_interpreter(self):
+        self.addCleanup(setattr, sys, "executable", sys.executable)
+        concurry._close_server()
+        for executable in ("/no/such", "/bin/false"):
+            sys.executable = executable
+            for method in ("forkserver", "spawn"):
+                with self.subTest(method, executable=executable):
+                    with self.assertRaises(WorkerDiedError if (executable, method) == ("/bin/false", "spawn") else OSError):
+                        Patient.options(mode="process", mp_context=method).init()
+
+    def test_fork_server_killed(self):
+        """Its workers live on; a new one is made for what comes."""
+        first = self.start(Patient, mode="process")
+        first.add(5).result(SAFETY)
+        server = concurry._fork_servers._server.pid
+        os.kill(server, 9)
+        self.assertTrue(until_gone(server))
+        second = self.start(Patient, mode="process")
+        self.assertEqual((first.add(1).result(SAFETY), second.add(1).result(SAFETY)), (6, 1))
+        with self.log_of():
+            self.assertIs(type(first.exit(3).exception(SAFETY)), WorkerDiedError)
+            self.assertEqual(first.add(1).result(SAFETY), 1)
+
+
+class ArgumentTests(CleanTestCase):
+    """What becomes of arguments on their way: rows 6 to 8, and 3.12."""
+
+    def setUp(self):
+        self.handle = self.start(Patient, mode="process", max_queued_tasks=None)
+
+    def fails(self, text, *args, **kwargs):
+        error = self.handle.give(*args, **kwargs).exception(SAFETY)
+        self.assertIs(type(error), pickle.PicklingError, error)
+        self.assertIn(text, str(error))
+
+    def test_paths(self):
+        lock = threading.Lock()
+        box = types.SimpleNamespace(inner=[1, {2: lock}])
+        self.fails("argument 2.inner[1][2] of give(): cannot pickle '_thread.lock' object", 0, box)
+
+        class Slotted:
+            __slots__ = ("a", "b")
+        slotted = Slotted()
+        slotted.b = lock
+        self.fails("argument 1.b of give(): cannot pickle '_thread.lock'", slotted)
+
+        class Careful:
+            def __init__(self):
+                self.lock, self.bad = lock, iter(x for x in ())
+
+            def __getstate__(self):
+                return {"bad": self.bad}
+        self.fails("argument 'config'.bad of give(): cannot pickle 'generator' object", config=Careful())
+
+        def outer():
+            def inner():
+                return lock
+            return inner
+        self.fails("argument 1[0] of give(), closure variable 'lock' of ", [outer()])
+        namespace = {"__name__": "nowhere", "lock": lock}
+        exec("def f():\n  return g()\ndef g():\n  return lock\n", namespace)
+        self.fails("argument 1 of give(), global 'g' of f, global 'lock' of g: cannot pickle", namespace["f"])
+
+        class My:
+            member = {"x": lock}
+        self.fails("My.member['x']: cannot pickle '_thread.lock'", My())
+
+        def default(x=lock):
+            pass
+        self.fails("default.__defaults__[0]: cannot", default)
+
+    def test_kinds(self):
+        with open(__file__) as file, socket.socket() as sock:
+            for thing, kind in ((file, "TextIOWrapper"), (sock, "socket"), (memoryview(b""), "memoryview"),
+                                ((x for x in ()), "generator"), (types.ModuleType("by_hand"), "by_hand")):
+                self.fails(kind, [thing])
+        ring = [1]
+        ring += [ring, {"x": threading.Lock()}]
+        self.fails("argument 1[2]['x'] of give(): cannot pickle", ring)
+        self.fails("argument 1[100000] of give()", list(range(100_000)) + [threading.Lock()])
+
+        class Odd:
+            def __reduce__(self):
+                raise ValueError("boom")
+        self.fails("argument 1[1] of give(): cannot pickle 'Odd' object: ValueError: boom", [1, Odd()])
+
+    def test_handles_and_futures(self):
+        """3.12: they stay; where futures are not unwrapped, one is told."""
+        self.fails("handle", self.handle)
+        self.fails("handle", {"method": self.handle.add})
+        raw = self.start(Patient, mode="process", unwrap_futures=False)
+        error = raw.give(self.handle.pid()).exception(SAFETY)
+        self.assertIs(type(error), pickle.PicklingError)
+        self.assertIn("a future cannot travel", str(error))
+        with self.assertRaisesRegex(pickle.PicklingError, "argument 1 of KeepsIt.*handle"):
+            KeepsIt.options(mode="process").init(self.handle)
+
+    def test_frozen_at_submit(self):
+        """Mutable arguments are what they were when they were submitted: sent, queued, waiting for others."""
+        began, flag = self.flag(), self.flag()
+        slow = self.handle.wait_for(flag, began)
+        began.wait()
+        small, large = ["before"], bytearray(b"b" * (1 << 22))
+        dependency = BaseFuture()
+        echo = self.start(TaskWorker, mode="process", max_queued_tasks=None)
+        calls = [echo.submit(lambda *args: (args[0][0], bytes(args[1][:1]), bytes(args[1][-1:])), small, large, first)
+                 for first in (0, slow, dependency)]
+        small[0], large[:] = "after", b"a" * len(large)
+        dependency.set_result(None)
+        flag.set()
+        self.assertEqual([call.result(SAFETY) for call in calls], [("before", b"b", b"b")] * 3)
+
+    def test_bytes_of_all_sizes(self):
+        echo = self.start(TaskWorker, mode="process")
+        chance = random.Random(1)
+        makers = [lambda n: bytes([chance.randrange(256)]) * n, bytearray, lambda n: "é" * n, lambda n: 2 ** n,
+                  lambda n: list(map(str, range(n % 3000))), lambda n: b"\x95" + (n - 9).to_bytes(8, "little", signed=True) + bytes(n)]
+        sent = [[chance.choice(makers)(chance.choice([1, 300, 65535, 65536, 65537, 70_000, 1 << 20]))
+                 for _ in range(chance.randrange(1, 9))] for _ in range(30)]
+        sent += [[end, ["x"] * 20_000, end] for end in (b"B" + (70_000).to_bytes(4, "little"), b"\x8e", b"\x96")]
+        for each in sent:
+            back = echo.submit(lambda each: (each, [type(part) for part in each]), each).result(SAFETY)
+            self.assertEqual(back, (each, [type(part) for part in each]))
+            self.assertEqual([type(part) for part in back[0]], [type(part) for part in each])
+        big = bytes(range(256)) * 300
+        self.assertTrue(echo.submit(lambda pair: pair[0] is pair[1], (big, big)).result(SAFETY))
+
+    def test_numpy(self):
+        numpy = self.need("numpy")
+        echo = self.start(TaskWorker, mode="process")
+        array = numpy.arange(100_000)
+        one, flags = echo.submit(lambda array: (array * 2, array.flags.writeable), array).result(SAFETY)
+        self.assertTrue((one == array * 2).all() and one.flags.writeable and flags)
+        self.assertTrue((echo.submit(lambda array: array, array[::2]).result(SAFETY) == array[::2]).all())
+
+
+class CancelInQueueTests(CleanTestCase):
+    def test_behind_a_slow_call_everything_can_be_cancelled(self):
+        """Row 16 and 4.4."""
+        for method in START_METHODS:
+            for size in (1, 3):
+                with self.subTest(method, size=size):
+                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size, max_queued_tasks=3)
+                    flag = self.flag()
+                    begun = [self.flag() for _ in range(size)]
+                    running = [handle.wait_for(flag, began) for began in begun]
+                    for began in begun:
+                        began.wait()
+                    told = queue.SimpleQueue()
+                    pending = [handle.add() for _ in range(2 * size)]
+                    for future in pending:
+                        future.add_done_callback(told.put)
+                    self.assertEqual([future.cancel() for future in pending], [True] * len(pending))
+                    self.assertEqual({told.get(timeout=SAFETY) for _ in pending}, set(pending))
+                    self.assertEqual([future.cancel() for future in running], [False] * size)
+                    self.assertTrue(all(future.running() for future in running))
+                    again = [handle.add(10) for _ in range(2 * size)]           # their places are free
+                    flag.set()
+                    self.assertEqual([future.result(SAFETY) for future in running], ["waited"] * size)
+                    self.assertEqual(sum(future.result(SAFETY) for future in again), 30 * size)    # none of them ran
+                    handle.stop()
+
+    def test_cancel_races_with_the_result(self):
+        """One winner: what was cancelled never ran, the rest is done."""
+        handle = self.start(Patient, mode="process", max_queued_tasks=None)
+        for _ in range(20):
+            futures = [handle.add() for _ in range(30)]
+            cancelled = [future.cancel() for future in reversed(futures)]
+            done, pending = concurrent.futures.wait(futures, SAFETY)
+            self.assertEqual((len(done), sum(future.cancelled() for future in futures)), (30, sum(cancelled)))
+        ran = handle.add(0).result(SAFETY)
+        self.assertGreater(ran, 0)
+        del futures
+        counts = [handle.add() for _ in range(200)]
+        kept = [future for future in counts if not future.cancel()]
+        concurrent.futures.wait(kept, SAFETY)
+        self.assertEqual(handle.add(0).result(SAFETY), ran + len(kept))
+
+
+# === Lifecycle ===
+
+class StopProcessesTests(ProgramCase):
+    """14.1 and 14.2 for processes; rows 17 and 18."""
+
+    def test_what_has_not_begun_is_cancelled(self):
+        for method in START_METHODS:
+            for size in (1, 3):
+                with self.subTest(method, size=size), self.log_of() as logs:
+                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
+                    flag, begun = self.flag(), [self.flag() for _ in range(size)]
+                    running = [handle.wait_for(flag, began) for began in begun]
+                    for began in begun:
+                        began.wait()
+                    pending = [handle.add() for _ in range(2 * size)]
+                    pending[-1].add_done_callback(lambda future, flag=flag: flag.set())     # stop() waits for those that run
+                    stoppers = [threading.Thread(target=handle.stop) for _ in range(3)]
+                    for thread in stoppers:
+                        thread.start()
+                    for thread in stoppers:
+                        thread.join(SAFETY)
+                    self.assertEqual([future.result(0) for future in running], ["waited"] * size)
+                    self.assertTrue(all(future.cancelled() for future in pending))
+                    self.assertRaisesRegex(RuntimeError, "it is stopped", handle.add)
+                    self.assertEqual(handle.get_pool_stats()["stopped"], True)
+                    handle.stop()
+                self.assertIn(f"{2 * size} calls that had not begun were cancelled", logs.output[0])
+
+    def test_what_never_returns_is_killed(self):
+        """Row 18: TERM is ignored, so KILL; within one deadline for the whole pool."""
+        handles = [self.start(Patient, mode="process", mp_context=method, max_workers=3) for method in START_METHODS]
+        pids = [handle.pid().result(SAFETY) for handle in handles for _ in range(3)]
+        flags = [self.flag() for _ in pids]
+        running = [handle.ignore_and_wait(flag) for handle, flag in zip(handles * 3, flags)]
+        for flag in flags:
+            flag.wait()
+        pending = [handle.add() for handle in handles]
+        stoppers = [threading.Thread(target=handle.stop, args=(0.1,)) for handle in handles]
+        for thread in stoppers:
+            thread.start()
+        for thread in stoppers:
+            thread.join(SAFETY)
+        for future in running:
+            self.assertRegex(str(future.exception(0)), r"stopped after 0.1 s")
+            self.assertIs(type(future.exception(0)), WorkerDiedError)
+        self.assertTrue(all(future.done() for future in pending))       # cancelled, unless they were sent ahead
+        self.assertFalse(set(pids) & set(descendants()))
+
+    def test_term_comes_first(self):
+        """A task with a handler for it may clean up."""
+        for method in START_METHODS:
+            with self.subTest(method):
+                handle = self.start(Patient, mode="process", mp_context=method)
+                flag, began = self.flag(), self.flag()
+                future = handle.tidy_on_term(flag, began)
+                began.wait()
+                handle.stop(0)
+                flag.wait()
+                self.assertIs(type(future.exception(0)), WorkerDiedError)
+
+    def test_from_a_callback(self):
+        """Row 17: the reader thread itself stops its pool, which goes on hearing its workers."""
+        for method in START_METHODS:
+            with self.subTest(method):
+                handle = self.start(Patient, mode="process", mp_context=method, max_workers=3)
+                stopped = queue.SimpleQueue()
+                flag, began = self.flag(), self.flag()
+                slow = handle.wait_for(flag, began)
+                began.wait()
+                slow.add_done_callback(lambda future: stopped.put(handle.stop(SAFETY)))
+                others = [handle.add() for _ in range(3)]
+                flag.set()
+                self.assertIsNone(stopped.get(timeout=SAFETY))
+                self.assertTrue(all(future.done() for future in others))
+                self.assertRaises(RuntimeError, handle.add)
+
+    def test_shutdown_finishes(self):
+        """14.2."""
+        for method in START_METHODS:
+            for size in (1, 3):
+                with self.subTest(method, size=size):
+                    with Patient.options(mode="process", mp_context=method, max_workers=size,
+                                         max_queued_tasks=None).init() as handle:
+                        futures = [handle.add(0) for _ in range(50)] + [handle.pid()]
+                    self.assertEqual([future.result(0) for future in futures[:-1]], [0] * 50)
+                    self.assertTrue(until_gone(futures[-1].result(0)))
+                    self.assertRaisesRegex(RuntimeError, "shut down", handle.add)
+                    handle.shutdown()
+                    handle.stop()
+
+    def test_leaving_by_an_interrupt_stops(self):
+        for error in (KeyboardInterrupt, SystemExit):
+            for method in START_METHODS:
+                with self.subTest(method, error=error):
+                    began = self.flag()
+                    with self.assertRaises(error):
+                        with Patient.options(mode="process", mp_context=method).init() as handle:
+                            future = handle.wait_for(self.flag(), began)
+                            began.wait()
+                            raise error
+                    self.assertIs(type(future.exception(0)), WorkerDiedError)
+
+    def test_forgotten_handle(self):
+        """14.3: one that is collected finishes what was submitted; then its workers end. Its finalizer does not block."""
+        for method in START_METHODS:
+            with self.subTest(method):
+                handle = Patient.options(mode="process", mp_context=method, max_workers=2).init()
+                flag = self.flag()
+                futures = [handle.wait_for(flag), handle.wait_for(flag), handle.pid(), handle.pid()]
+                add = handle.add
+                del handle, add
+                gc.collect()
+                flag.set()
+                self.assertEqual([future.result(SAFETY) for future in futures[:2]], ["waited"] * 2)
+                for future in futures[2:]:
+                    self.assertTrue(until_gone(future.result(SAFETY)))
+
+
+class ProgramExitTests(ProgramCase):
+    """14.3 and 14.4: how programs end, and what they leave behind. Rows 19 to 23."""
+
+    PARENT = '''
+        import concurry, signal, time
+        class Sleeps(concurry.Worker):
+            def pid(self): return os.getpid()
+            def run(self, code): exec(code)
+        method, size, job = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+        handle = Sleeps.options(mode="process", mp_context=method, max_workers=size).init()
+        pids = [handle.pid().result() for _ in range(size)]
+        server = concurry._fork_servers._server
+        if "keep" in sys.argv:      # a child made behind Python's back, which keeps every descriptor
+            import ctypes
+            if not ctypes.PyDLL(None).fork():        # with the lock: another thread may not have it in the child
+                ctypes.CDLL(None).prctl(1, 9)
+                ctypes.CDLL(None).sleep(60)
+                os._exit(0)
+        calls = [handle.run(job) for _ in range(size)] if job else []
+        print(*pids, *([server.pid] if server else []), flush=True)
+    '''
+    HOLD_GIL = "import ctypes; ctypes.PyDLL(None).sleep(60)"
+
+    def start_parent(self, more, method, job="", size=3, *words, **options):
+        """Run a parent with workers; return (program, the pids of its workers and fork server)."""
+        program = Program(self, textwrap.dedent(self.PARENT) + textwrap.dedent(more), method, str(size), job, *words, **options)
+        pids = [int(word) for word in program.line().split()]
+        self.assertEqual(len(pids), size + (method == "forkserver"))
+        return program, pids
+
+    def check_gone(self, pids):
+        for pid in pids:
+            self.assertTrue(until_gone(pid), pid)
+
+    def test_idle_workers(self):
+        """Row 19."""
+        for method in START_METHODS:
+            program, pids = self.start_parent("", method)
+            self.assertEqual((program.output(), program.popen.returncode), (("", ""), 0), method)
+            self.check_gone(pids)
+
+    def test_pending_calls_are_finished(self):
+        """Row 20, and what is submitted once exit has begun."""
+        code = '''
+            import atexit, threading
+            def late():
+                try: handle.pid()
+                except RuntimeError as error: print(error)
+            atexit.register(late)
+            def work(n): return n * n
+            pool = concurry.Executor("process", 2, mp_context=method, max_queued_tasks=None)
+            first = pool.submit(work, 1)
+            for n in range(20):
+                pool.submit(work, n).add_done_callback(lambda future: sys.stdout.write(f"{future.result()} "))
+            pool.submit(work, first).add_done_callback(lambda future: sys.stdout.write(f"chained {future.result()} "))
+            never = concurry.BaseFuture()
+            waits = pool.submit(work, never)
+            waits.add_done_callback(lambda future: sys.stdout.write(f"cancelled {future.cancelled()} "))
+        '''
+        for method in START_METHODS:
+            with self.subTest(method):
+                program, pids = self.start_parent(code, method, size=1)
+                output, errors = program.output()
+                words, refusal, _ = output.partition("cannot submit")
+                self.assertEqual(sorted(words.split()),
+                                 sorted([str(n * n) for n in range(20)] + "chained 1 cancelled True".split()), errors)
+                self.assertEqual((refusal, errors, program.popen.returncode), ("cannot submit", "", 0))
+                self.check_gone(pids)
+
+    def test_interrupt(self):
+        """Row 21: the whole group or the parent alone; workers have other things to do than to print tracebacks."""
+        code = '''
+            try:
+                with handle:
+                    print("ready", flush=True)
+                    signal.pause() if sys.argv[4] == "pause" else calls[0].result()
+            except KeyboardInterrupt:
+                print("interrupted", [type(call.exception()).__name__ for call in calls])
+        '''
+        for method in START_METHODS:
+            for send, place in ((os.killpg, "pause"), (os.killpg, "result"), (os.kill, "result")):
+                with self.subTest(method, send=send):
+                    program, pids = self.start_parent(code, method, "import time; time.sleep(60)", 2, place, start_new_session=True)
+                    program.line()
+                    send(program.popen.pid, signal.SIGINT)
+                    output, errors = program.output()
+                    self.assertEqual((output, errors, program.popen.returncode),
+                                     ("interrupted ['WorkerDiedError', 'WorkerDiedError']\n", "", 0))
+                    self.check_gone(pids)
+
+    def test_interrupt_while_workers_go_on(self):
+        """Ctrl-C is the parent's business: the workers and the programs that they start do not even notice."""
+        code = '''
+            try:
+                print("ready", flush=True)
+                signal.pause()
+            except KeyboardInterrupt: pass
+            assert [handle.pid().result() for _ in pids] == pids
+            import subprocess
+            print(concurry.Executor("process", 1, mp_context=method).submit(
+                lambda: signal.getsignal(signal.SIGINT) is not signal.SIG_IGN).result())
+        '''
+        for method in START_METHODS:
+            program, pids = self.start_parent(code, method, start_new_session=True)
+            program.line()
+            os.killpg(program.popen.pid, signal.SIGINT)
+            self.assertEqual(program.output(), ("True\n", ""))
+            self.check_gone(pids)
+
+    def check_killed(self, number, job, *words, methods=START_METHODS):
+        parents = [self.start_parent("sys.stdin.readline()", method, job, 3, *words) for method in methods]
+        for program, pids in parents:
+            for pid in pids[:3] if "sleep(60)" in job else ():
+                self.wait_until_asleep(pid)
+            program.popen.send_signal(number)
+        for program, pids in parents:
+            self.assertEqual(program.popen.wait(SAFETY), -number)
+            self.check_gone(pids)
+
+    def wait_until_asleep(self, pid):
+        """Wait until the process is inside sleep(): nothing tells that but the kernel, so this has to look again and again."""
+        with open(f"/proc/{pid}/syscall") as file:
+            while file.read().split()[0] not in ("35", "230", "115", "101"):
+                file.seek(0)
+                os.sched_yield()
+
+    def test_parent_terminated(self):
+        """Row 22."""
+        self.check_killed(signal.SIGTERM, "while True: pass")
+
+    def test_parent_killed_idle_or_busy(self):
+        """Row 23."""
+        self.check_killed(signal.SIGKILL, "")
+        self.check_killed(signal.SIGKILL, "while True: pass")
+
+    def test_parent_killed_in_c(self):
+        self.check_killed(signal.SIGKILL, self.HOLD_GIL)
+
+    def test_parent_killed_descriptors_kept(self):
+        self.check_killed(signal.SIGKILL, "", "keep")
+        self.check_killed(signal.SIGKILL, self.HOLD_GIL, "keep", methods=["forkserver"])     # the server does it
+
+    def test_killed_inner_workers(self):
+        """3.10: what is in a worker ends with it; and all with the parent."""
+        code = '''
+            import concurry
+            class Outer(concurry.Worker):
+                def __init__(self, method):
+                    self.pool = concurry.Executor("process", 2, mp_context=method)
+                def pids(self):
+                    return {os.getpid(), *self.pool.map(lambda _: os.getpid(), range(8)), concurry._fork_servers._server.pid} \\
+                        if concurry._fork_servers._server else {os.getpid(), *self.pool.map(lambda _: os.getpid(), range(8))}
+            outers = [Outer.options(mode="process", mp_context=outer).init(inner)
+                      for outer in sys.argv[1:] for inner in sys.argv[1:]]
+            for outer in outers: print(*outer.pids().result())
+            print(flush=True)
+            sys.stdin.readline()
+            outers[0].stop()
+            print("stopped", flush=True)
+            sys.stdin.readline()
+        '''
+        program = Program(self, code, *START_METHODS)
+        groups = [numbers for numbers in iter(program.numbers, [])]
+        self.assertEqual(len(groups), len(START_METHODS) ** 2)
+        program.say()
+        program.line()
+        self.check_gone(groups[0])
+        for group in groups[1:]:
+            self.assertLessEqual(set(map(str, group)), set(os.listdir("/proc")))
+        program.popen.kill()
+        self.check_gone(sum(groups, []))
+
+
+class AwkwardPlacesTests(ProgramCase):
+    """Rows 25, 26, 29, 31, 34, 36 and 37: submitting, starting and failing where one would rather not."""
+
+    def test_raising_callbacks(self):
+        """Row 29: logged once each; the reader goes on."""
+        for method in START_METHODS:
+            with self.subTest(method), self.log_of(level="ERROR") as logs:
+                handle = self.start(Patient, mode="process", mp_context=method)
+                flag, began = self.flag(), self.flag()
+                future = handle.wait_for(flag, began)
+                began.wait()
+                reached = queue.SimpleQueue()
+                for error in (ValueError, SystemExit, KeyboardInterrupt):
+                    future.add_done_callback(functools.partial(raise_it, error))
+                future.add_done_callback(reached.put)
+                flag.set()
+                self.assertIs(reached.get(timeout=SAFETY), future)
+                self.assertEqual(handle.add().result(SAFETY), 1)
+            self.assertEqual([record.exc_info[0] for record in logs.records], [ValueError, SystemExit, KeyboardInterrupt])
+
+    def test_submit_from_a_callback_to_a_full_pool(self):
+        """Row 36: it is parked, and nobody waits for ever."""
+        for method in START_METHODS:
+            with self.subTest(method):
+                first = self.start(Patient, mode="process", mp_context=method)
+                second = self.start(Patient, mode="process", mp_context=method, max_queued_tasks=1)
+                flag, hold, began, inner = self.flag(), self.flag(), self.flag(), queue.SimpleQueue()
+                busy = second.wait_for(hold, began)                     # the second is full now
+                began.wait()
+                future = first.wait_for(flag)
+                for _ in range(3):
+                    future.add_done_callback(lambda _: inner.put(second.add()))
+                    future.add_done_callback(lambda _: inner.put(first.add()))
+                flag.set()
+                futures = [inner.get(timeout=SAFETY) for _ in range(6)]
+                self.assertFalse(busy.done())
+                hold.set()
+                self.assertEqual(sorted(future.result(SAFETY) for future in futures), [1, 1, 2, 2, 3, 3])
+
+    def test_submit_from_signal_handlers_and_finalizers(self):
+        """Row 29: at any point in our code; with a full queue too."""
+        self.check_program('''
+            import concurry, gc, signal
+            class Count(concurry.Worker):
+                n = 0
+                def add(self): self.n += 1; return self.n
+            count = Count.options(mode="process", max_queued_tasks=2).init()
+            inside, rounds = [], 0
+            class Dies:
+                def __del__(self): inside.append(count.add())
+            signal.signal(signal.SIGUSR1, lambda *_: inside.append(count.add()))
+            def trace(frame, event, argument):      # at every 7th line of ours
+                global rounds
+                if frame.f_globals is vars(concurry) and event == "line":
+                    rounds += 1
+                    if rounds % 7 == 0 and len(inside) < 300:
+                        signal.raise_signal(signal.SIGUSR1)
+                    elif rounds % 11 == 0 and len(inside) < 300:
+                        Dies()
+                return trace
+            sys.settrace(trace)
+            futures = [count.add() for _ in range(40)]
+            results = [future.result() for future in futures]
+            sys.settrace(None)
+            results += [future.result() for future in inside]
+            print(len(inside) >= 100, sorted(results) == list(range(1, len(results) + 1)))
+            count.stop()
+        ''', "True True\n")
+
+    def test_start_from_finalizers(self):
+        """A `__del__` that starts workers, in the middle of the start of another one."""
+        self.check_program('''
+            import concurry, gc
+            made = []
+            class Cycle:
+                def __del__(self):
+                    if len(made) < 5: made.append(concurry.Executor("process", 1))
+            def trace(frame, event, argument):
+                global rounds
+                if frame.f_globals is vars(concurry) and event == "line" and len(made) < 5:
+                    rounds += 1
+                    if rounds % 10 == 0:
+                        cycle = Cycle(); cycle.me = cycle; del cycle; gc.collect()
+                return trace
+            rounds = 0
+            sys.settrace(trace)
+            made.append(concurry.Executor("process", 1))
+            sys.settrace(None)
+            print(len(made), [pool.submit(int).result() for pool in made])
+        ''', "6 [0, 0, 0, 0, 0, 0]\n")
+
+    def test_threads_that_hold_locks(self):
+        """Row 25: logging's and the import lock are held by other threads while workers start."""
+        self.check_program('''
+            import concurry, importlib, io, logging, threading
+            logging.basicConfig(stream=io.StringIO())
+            go_on, held = threading.Event(), threading.Barrier(3)
+            def hold(lock):
+                with lock:
+                    held.wait()
+                    go_on.wait()
+            locks = [logging._lock, logging.root.handlers[0].lock]
+            threads = [threading.Thread(target=hold, args=(lock,)) for lock in locks]
+            for thread in threads: thread.start()
+            held.wait()
+            def log():
+                logging.getLogger("x").setLevel("ERROR")
+                import json.tool
+                return "logged"
+            for method in ("forkserver", "spawn"):
+                with concurry.Executor("process", 2, mp_context=method) as pool:
+                    print(pool.submit(log).result())
+            go_on.set()
+        ''', "logged\n" * 2)
+
+    def test_pools_inside_workers(self):
+        """Row 26 and 3.10: in every mode, and in daemonic processes of multiprocessing."""
+        self.check_program('''
+            import concurry, multiprocessing
+            def square_all(mode):
+                with concurry.Executor(mode, None if mode in ("sync", "asyncio") else 2) as pool:
+                    return list(pool.map(lambda n: n * n, range(4)))
+            for method in sys.argv[1:]:
+                with concurry.Executor("process", 2, mp_context=method) as outer:
+                    modes = ["sync", "thread", "asyncio", "process"]
+                    assert list(outer.map(square_all, modes)) == [[0, 1, 4, 9]] * 4
+                    nested = outer.submit(lambda: concurry.Executor("process", 1).submit(square_all, "process").result())
+                    assert nested.result() == [0, 1, 4, 9]
+            here, there = multiprocessing.Pipe()
+            process = multiprocessing.get_context("fork").Process(
+                target=lambda: there.send(square_all("process")), daemon=True)
+            process.start()
+            print(here.recv())
+            process.join()
+        ''', "[0, 1, 4, 9]\n", *START_METHODS)
+
+    def test_reader_fails(self):
+        """Row 31: never silent; every future fails with the cause, later calls too; a new pool works."""
+        self.check_program('''
+            import concurry, logging
+            logging.disable(logging.CRITICAL)
+            def work(n): return n
+            for method in sys.argv[1:]:
+                pools = [concurry.Executor("process", size, mp_context=method) for size in (1, 3)]
+                running = [pool.submit(sys.stdin.fileno) for pool in pools]
+                concurry.wait(running)
+                read, write = os.pipe()
+                os.set_inheritable(read, True)
+                slow = [pool.submit(__import__("time").sleep, 60) for pool in pools]
+                queued = [pool.submit(work, 1) for pool in pools for _ in range(4)]
+                parked = pools[0].submit(work, concurry.BaseFuture())
+                def fail(): raise MemoryError("no more")
+                reader = concurry._readers[os.getpid()]
+                reader.post(fail)
+                for future in slow + queued[:1]:
+                    error = future.exception()
+                    assert isinstance(error, (MemoryError, concurry.WorkerDiedError)) and "no more" in str(error), error
+                reader.thread.join()
+                assert all(future.done() for future in queued)
+                for pool in pools:
+                    error = None
+                    try: error = pool.submit(work, 1).exception()
+                    except Exception as raised: error = raised
+                    assert "no more" in str(error), error
+                with concurry.Executor("process", 1, mp_context=method) as pool: assert pool.submit(work, 5).result() == 5
+                for pool in pools: pool.stop()
+                assert parked.done()
+                os.close(read), os.close(write)
+            print("passed")
+        ''', "passed\n", *START_METHODS)
+
+    def test_module_that_makes_a_pool_when_imported(self):
+        """Row 34: refused, and no storm; the module itself can be used by its importer."""
+        folder = self.folder()
+        self.write(folder, storm='''
+            import os, concurry
+            with open(os.environ["TRACE"], "a") as file: file.write("x")
+            pool = concurry.Executor("process", 1, mp_context=os.environ["METHOD"])
+            class W(concurry.Worker):
+                def go(self): return 1
+            def function(): return 1
+        ''')
+        code = '''
+            sys.path.append(sys.argv[1])
+            import concurry, storm
+            method = os.environ["METHOD"]
+            try:
+                with storm.W.options(mode="process", mp_context=method).init() as worker: print(worker.go().result())
+            except RuntimeError as error: print("storm" in str(error), type(error).__name__.count("Died"))
+            with concurry.Executor("process", 1, mp_context=method) as pool:
+                for fn in (storm.function, int):
+                    error = pool.submit(fn).exception()
+                    print(error and (isinstance(error, RuntimeError), "storm" in str(error)))
+            storm.pool.stop()
+        '''
+        for method in START_METHODS:
+            with self.subTest(method):
+                trace = os.path.join(folder, method)
+                program = Program(self, code, folder, env={**os.environ, "METHOD": method, "TRACE": trace})
+                output, errors = program.output()
+                # A forked worker has the module already.
+                expected = "1\nNone\nNone\n" if method == "fork" else "True 0\n(True, True)\nNone\n"
+                self.assertEqual((output, program.popen.returncode), (expected, 0), errors)
+                self.assertEqual(len(open_and_read(trace)), 1 if method == "fork" else 3)
+
+    def test_fork_in_the_users_code(self):
+        """Row 37 and 14.6."""
+        self.check_program('''
+            import concurry, signal, warnings
+            warnings.simplefilter('ignore', DeprecationWarning)         # of fork() beside threads
+            class Slow(concurry.Worker):
+                def go(self, fifo):
+                    return os.read(os.open(fifo, os.O_RDONLY), 1)
+                def fast(self): return os.getpid()
+            fifo = sys.argv[1] + "/fifo"
+            os.mkfifo(fifo)
+            keeper = os.open(fifo, os.O_RDWR)
+            methods = sys.argv[2:]
+            handles = [Slow.options(mode="process", mp_context=method, max_workers=size).init() for method in methods for size in (1, 3)]
+            pids = [handle.fast().result() for handle in handles]
+            server = concurry._fork_servers._server.pid
+            futures = [handle.go(fifo) for handle in handles] + [handle.fast() for handle in handles]
+            done, waiting = handles[0].fast(), handles[1].fast(concurry.BaseFuture())
+            pid = os.fork()
+            if not pid:
+                signal.alarm(20)            # not faulthandler: it would wait for its thread, which is not here
+                kinds = [os.readlink(f"/proc/self/fd/{n}") for n in range(3, 200) if os.path.islink(f"/proc/self/fd/{n}")]
+                assert not [kind for kind in kinds if "socket" in kind or "pidfd" in kind], kinds
+                for handle in handles:
+                    try: handle.fast()
+                    except RuntimeError as error: assert "fork" in str(error), error
+                    else: raise AssertionError("a call in the child")
+                for future in futures[:len(handles)] + [waiting]:
+                    error = future.exception(5)
+                    assert isinstance(error, RuntimeError) and "fork" in str(error), error
+                for handle in handles: handle.stop(), handle.shutdown()
+                with concurry.Executor("process", 2) as pool:
+                    assert list(pool.map(abs, [-1, 2])) == [1, 2] and concurry._fork_servers._server.pid != server
+                with concurry.Executor("thread", 2) as pool: assert list(pool.map(abs, [-1, 2])) == [1, 2]
+                concurry._close_server()
+                print("child", flush=True)
+                os._exit(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+            os.write(keeper, b"x" * len(handles))
+            print([future.result() for future in futures[:len(handles)]] == [b"x"] * len(handles) or "mixed",
+                  len([future.result() for future in futures[len(handles):]]) == len(pids))
+            waiting.cancel()
+            for handle in handles: handle.stop()
+        ''', "child\n0\nTrue True\n", self.folder(), *START_METHODS)
+
+
+def raise_it(error, future):
+    raise error("on purpose")
+
+
+# === The file itself ===
+
+SOURCE = os.path.join(FOLDER, "concurry.py")
+
+
+class VendoringTests(ProgramCase):
+    """1.1: a copy of the file is a complete installation, whatever it is called and wherever it is. Row 35."""
+
+    def vendor(self):
+        folder = self.folder()
+        os.makedirs(os.path.join(folder, "pkg", "_vendor"))
+        shutil.copy(SOURCE, os.path.join(folder, "pkg", "_vendor", "x.py"))
+        shutil.copy(SOURCE, os.path.join(folder, "other.py"))
+        self.write(folder, **{
+            "pkg/__init__": "from . import later",
+            "pkg/later": """
+                from . import _vendor
+                from ._vendor import x
+                assert _vendor.x is x
+                class Far(x.Worker):
+                    def go(self): return x, __name__
+            """,
+            "pkg/_vendor/__init__": ""})
+        return folder
+
+    def test_two_copies_under_other_names(self):
+        """In a bare interpreter; each has workers, exceptions and a fork server of its own."""
+        folder = self.vendor()
+        head = HEAD.replace(FOLDER, folder)
+        code = '''
+            import other
+            import pkg._vendor.x as x
+            def where(): return "concurry" in sys.modules, "__mp_main__" in sys.modules
+            def die(module): os._exit(4)
+            for method in sys.argv[1:]:
+                with x.Executor("process", 2, mp_context=method) as a, other.Executor("process", 1, mp_context=method) as b:
+                    assert [pool.submit(where).result() for pool in (a, b)] == [(False, False)] * 2
+                    errors = [pool.submit(die, pool and None).exception() for pool in (a, b)]
+                    assert [type(error) for error in errors] == [x.WorkerDiedError, other.WorkerDiedError]
+                    assert list(a.map(lambda n: b_of(n), b.map(lambda n: n + 1, range(3)))) == [10, 20, 30]
+                    future = b.submit(b_of, a.submit(b_of, 1))      # a future of the other copy counts as one
+                    assert future.result() == 100 and isinstance(future, other.BaseFuture)
+                    assert a.submit(lambda: (x, x.BaseFuture)).exception() is None and a.submit(lambda: x.__name__).result() == "pkg._vendor.x"
+                worker = sys.modules["pkg.later"].Far.options(mode="process", mp_context=method).init()
+                assert worker.go().exception() is None, worker.go().exception()
+                assert worker.go().result() == (x, "pkg.later")
+                worker.stop()
+            assert x._fork_servers._server.pid != other._fork_servers._server.pid
+            print("passed")
+        '''.replace("def where", "def b_of(n): return n * 10\n            def where")
+        program = Program(self, code, *START_METHODS, head=head, flags=["-I", "-S"])
+        output, errors = program.output()
+        self.assertEqual((output, program.popen.returncode), ("passed\n", 0), errors)
+        self.assertFalse([line for line in errors.splitlines() if "state is lost" not in line], errors)
+
+    def test_in_a_zip_and_beside_modules_with_names_of_the_library(self):
+        folder = self.folder()
+        with zipfile.ZipFile(os.path.join(folder, "all.zip"), "w") as archive:
+            archive.write(SOURCE, "zipped.py")
+        self.write(folder, logging="raise SystemExit('shadow')", socket="raise SystemExit('shadow')")
+        self.check_program('''
+            import logging, socket, concurrent.futures
+            sys.path.insert(0, sys.argv[1] + "/all.zip")
+            import zipped
+            os.chdir(sys.argv[1])
+            for method in sys.argv[2:]:
+                with zipped.Executor("process", 1, mp_context=method) as pool:
+                    print(pool.submit(lambda: zipped.__name__).result())
+        ''', "zipped\n" * len(START_METHODS), folder, *START_METHODS)
+
+    def test_run_as_a_script_whose_modules_import_it(self):
+        """Row 35: the classes are the same here, in the modules that import it, and in the workers."""
+        folder = self.folder()
+        self.write(folder, mine='''
+            import concurry, os
+            class Error(concurry.WorkerDiedError): pass
+            pool = None
+            def use(x):
+                global pool
+                if pool is None: pool = concurry.Executor("process", 1)
+                if x == "bad": raise Error("from " + __name__)
+                future = pool.submit(str.upper, x)
+                return future.result(), isinstance(future, concurry.BaseFuture), "__main__" in concurry.__name__
+        ''')
+        for command in ([SOURCE], ["-m", "concurry"]):
+            ended = subprocess.run([sys.executable, *command, "map", "mine:use", "--max-workers=1"], input="a\nb\nbad\n",
+                                   cwd=folder, env={**os.environ, "PYTHONPATH": FOLDER}, capture_output=True, text=True, timeout=SAFETY)
+            self.assertEqual((ended.stdout, ended.stderr, ended.returncode),
+                             ("('A', True, False)\n('B', True, False)\n", "concurry: line 3: Error: from mine\n", 1))
+
+
+class ImportTests(ProgramCase):
+    def test_import_is_cheap(self):
+        """1.4"""
+        self.check_program('''
+            heavy = {"asyncio", "multiprocessing", "sqlite3", "inspect", "subprocess", "pickle", "socket", "selectors",
+                     "typing", "dataclasses", "tempfile", "signal", "traceback", "ray"}
+            import concurry
+            print(sorted(heavy & set(sys.modules)))
+            class W(concurry.Worker):
+                def f(self): return 1
+            with W.options(mode="thread", max_workers=2).init() as w, W.options(mode="sync").init() as s:
+                w.f().result(), s.f().result()
+            print(sorted({"asyncio", "multiprocessing", "sqlite3", "subprocess", "ray"} & set(sys.modules)))
+            with W.options(mode="process", mp_context="fork").init() as w: w.f().result()
+            print(sorted({"asyncio", "multiprocessing", "sqlite3", "subprocess", "ray"} & set(sys.modules)))
+            with W.options(mode="process").init() as w: w.f().result()
+            print(sorted({"asyncio", "multiprocessing", "sqlite3", "ray"} & set(sys.modules)))
+        '''.replace("import concurry", 'import concurrent.futures.thread; heavy -= set(sys.modules)\n            import concurry'),
+            "[]\n" * 4, flags=["-I", "-S"])
+
+    def test_foreign_packages_are_never_imported(self):
+        """1.3: recognised when the user has imported them, but not imported."""
+        folder = self.folder()
+        names = "pydantic morphic attr attrs numpy IPython ray tqdm cloudpickle psutil".split()
+        self.write(folder, **dict.fromkeys(names, "raise SystemExit('imported')"))
+        self.check_program('''
+            sys.path.insert(0, sys.argv[1])
+            import concurry
+            class W(concurry.Worker):
+                def f(self, x): return [x]
+            for mode in ("sync", "thread", "asyncio", "process"):
+                with W.options(mode=mode).init() as w:
+                    assert concurry.gather([w.f(n) for n in range(3)]) == [[0], [1], [2]]
+                    assert not set(sys.argv[2:]) & set(sys.modules)
+                with concurry.Executor(mode) as pool:
+                    assert list(pool.map(lambda x: x + 1, [1])) == [2]
+            with concurry.Executor("process", 1) as pool:
+                assert not pool.submit(lambda names: set(names) & set(sys.modules), names := sys.argv[2:]).result()
+            print("passed")
+        ''', "passed\n", folder, *names)
+
+    def test_everything_in_a_bare_interpreter(self):
+        self.check_program('''
+            import concurry
+            assert all(hasattr(concurry, name) for name in concurry.__all__)
+            for method in sys.argv[1:]:
+                with concurry.Executor("process", 2, mp_context=method) as pool:
+                    assert list(pool.map(pow, range(4), [2] * 4)) == [0, 1, 4, 9]
+                    assert pool.submit(lambda: sys.flags.isolated and sys.flags.no_site).result() == (1 and 1)
+            print("passed")
+        ''', "passed\n", *START_METHODS, flags=["-I", "-S"])
+
+
+class TaskFunctionTests(ProgramCase):
+    """6.4 in process mode: the module's name for the function now means the handle."""
+
+    def test_importable_and_main(self):
+        folder = self.folder()
+        self.write(folder, tasks='''
+            import os, concurry
+            @concurry.task(mode="process", mp_context="forkserver", max_workers=1)
+            def forkserver(n): return n if n < 2 else n * forkserver.__wrapped__(n - 1)
+            @concurry.task(mode="process", mp_context="spawn", max_workers=1)
+            def spawn(n): return n if n < 2 else n * spawn.__wrapped__(n - 1)
+            @concurry.task(mode="process", mp_context="fork", max_workers=1)
+            def fork(n): return n if n < 2 else n * fork.__wrapped__(n - 1)
+            class Thing:
+                @concurry.task(mode="process")
+                def static(n): return n, os.getpid()
+            @concurry.task(mode="process", max_workers=1)
+            def limited(n, limits):
+                with limits.acquire({"a": 1}): return n
+        ''')
+        self.check_program('''
+            sys.path.append(sys.argv[1])
+            import tasks, concurry, threading
+            for method in sys.argv[2:]:
+                there = getattr(tasks, method)
+                @concurry.task(mode="process", mp_context=method, max_workers=1)
+                def here(n: int = 3) -> int:
+                    "Document."
+                    return n if n < 2 else n * here.__wrapped__(n - 1)
+                assert not threading.active_count() > 2, threading.enumerate()      # nothing started yet
+                for f in (here, there):
+                    assert f(5).result() == 120 and list(f.map(range(4))) == [0, 1, 2, 6] and f.submit(3).result() == 6
+                assert (here.__name__, here.__doc__, here.__annotations__) == ("here", "Document.", {"n": int, "return": int})
+                with concurry.Executor("process", 1, mp_context=method) as pool:        # inside another worker, too
+                    assert pool.submit(lambda: (there.__wrapped__(3), here(4).result())).result() == (6, 24)
+                here.stop(), there.stop()
+            value, pid = tasks.Thing.static(4).result()
+            assert value == 4 and pid != os.getpid() and tasks.limited(7).result() == 7
+            tasks.Thing.static.stop(), tasks.limited.stop()
+            print("passed")
+        ''', "passed\n", folder, *START_METHODS)
+
+
+# === Command line ===
+
+class CommandLineTests(ProgramCase):
+    """16.1"""
+
+    def map(self, *words, text="", status=0, folder=None, command=(SOURCE,)):
+        ended = subprocess.run([sys.executable, *command, "map", *words], input=text.encode(), capture_output=True,
+                               cwd=folder, timeout=SAFETY)
+        self.assertEqual(ended.returncode, status, ended.stderr.decode())
+        return ended.stdout.decode(), ended.stderr.decode()
+
+    def test_order_and_kinds_of_input(self):
+        folder = self.folder()
+        self.write(folder, mod='''
+            import os
+            class Deep:
+                def length(x): return len(x)
+            def parent(x): return os.getpid() != int(x)
+            async def later(x): return x + "!"
+        ''', a="1\n2\n3", b="")
+        numbers = "".join(f"{n}\n" for n in range(300))
+        squares = "".join(f"{n * n}\n" for n in range(300))
+        self.assertEqual(self.map("-e", "int(x) ** 2", text=numbers), (squares, ""))
+        self.assertEqual(self.map("--mode", "thread", "-e", "math.floor(float(x)) * int(x)", text=numbers), (squares, ""))
+        self.assertEqual(self.map("mod:Deep.length", "a.py", "b.py", folder=folder), ("1\n1\n1\n", ""))
+        self.assertEqual(self.map("-e", "x * 2", os.path.join(folder, "a.py"), "--max-workers", "1"), ("11\n22\n33\n", ""))
+        self.assertEqual(self.map("mod:later", "--mode=asyncio", text="a\n\nb", folder=folder), ("a!\n!\nb!\n", ""))
+        self.assertEqual(self.map("mod:parent", text=f"{os.getpid()}\n", folder=folder)[0], "True\n")
+        self.assertEqual(self.map("-e", "repr(x)", text="tab\t é \n"), ("'tab\\t é '\n", ""))
+        self.assertEqual(self.map("-e", "x"), ("", ""))
+
+    def test_bytes_that_are_no_text(self):
+        ended = subprocess.run([sys.executable, SOURCE, "map", "-e", "x"], input=b"ok\n\xff\xfe\n", capture_output=True, timeout=SAFETY)
+        self.assertEqual((ended.stdout, ended.stderr, ended.returncode), (b"ok\n\xff\xfe\n", b"", 0))
+
+    def test_errors(self):
+        folder = self.folder()
+        self.write(folder, mod='''
+            import os
+            def fails(x):
+                if x == "die": os._exit(3)
+                return 6 // int(x)
+        ''', a="1\n0\n2\nx\n3", b="0\n6\n")
+        text = "1\n0\n2\nx\n3\n"
+        output, errors = self.map("mod:fails", text=text, folder=folder, status=1)
+        self.assertEqual((output, errors), ("6\n", "concurry: line 2: ZeroDivisionError: integer division or modulo by zero\n"))
+        output, errors = self.map("mod:fails", "--keep-going", text=text, folder=folder, status=1)
+        self.assertEqual(output, "6\n3\n2\n")
+        self.assertRegex(errors, r"^concurry: line 2: ZeroDivisionError.*\nconcurry: line 4: ValueError: invalid literal.*\n$")
+        output, errors = self.map("mod:fails", "a.py", "b.py", "--keep-going", folder=folder, status=1)
+        self.assertEqual(output, "6\n3\n2\n1\n")
+        self.assertEqual([line.split(": ")[1] for line in errors.splitlines()], ["a.py:2", "a.py:4", "b.py:1"])
+        output, errors = self.map("mod:fails", "--keep-going", "--max-workers=1", text="3\ndie\n2\n", folder=folder, status=1)
+        self.assertEqual(output, "2\n3\n")
+        self.assertRegex(errors, "line 2: WorkerDiedError: .*exit code 3")
+
+    def test_misuse(self):
+        for words, text in (([], "CALLABLE or -e"), (["nothing"], "module:name"), (["no_such_module:f"], "no_such_module"),
+                            (["math:no_such"], "no_such"), (["math:pi"], "not callable"), (["-e", "1 +"], "<expression>"),
+                            (["math:sqrt", "no such file"], "no such file"), (["math:sqrt", "--mode", "fast"], "choose one of"),
+                            (["math:sqrt", "--max-workers", "none"], "max_workers"), (["math:sqrt", "--no-such"], "no-such"),
+                            (["math:sqrt", "--mode=sync", "--max-workers=2"], "exactly one worker")):
+            with self.subTest(words=words):
+                output, errors = self.map(*words, status=2)
+                self.assertEqual(output, "")
+                self.assertIn(text, errors)
+                self.assertNotIn("Traceback", errors)
+        ended = subprocess.run([sys.executable, SOURCE], capture_output=True, timeout=SAFETY)
+        self.assertEqual(ended.returncode, 2)
+
+    def test_results_come_as_they_are(self):
+        """With standard input still open; then Ctrl-C, which is quiet and leaves nothing behind."""
+        for mode in ("process", "thread"):
+            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", "int(x) * 2", "--mode", mode],
+                              start_new_session=True)
+            for n in range(3):
+                program.say(str(n))
+                self.assertEqual(program.line(), str(2 * n))
+            inside = [int(pid) for pid in open_and_read(f"/proc/{program.popen.pid}/task/{program.popen.pid}/children").split()]
+            os.killpg(program.popen.pid, signal.SIGINT)
+            self.assertEqual((program.popen.wait(SAFETY), program.output()), (130, ("", "")))
+            self.assertTrue(all(map(until_gone, inside)))
+
+    def test_interrupted_while_it_works(self):
+        began = self.flag()
+        for mode in ("process", "thread"):
+            code = f"open({began.path!r}, 'w').write('x') and __import__('time').sleep(60)"
+            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", code, "--mode", mode], start_new_session=True)
+            program.say("1")
+            os.read(began.keeper, 1) if select.select([began.keeper], [], [], SAFETY)[0] else self.fail("it never began")
+            os.killpg(program.popen.pid, signal.SIGINT)
+            output, errors = program.output()
+            self.assertEqual((output, program.popen.returncode), ("", 130), mode)
+            self.assertNotIn("Traceback", errors)
+
+    def test_closed_pipe(self):
+        """Whoever reads the output has enough: a quiet end, though the input is endless."""
+        reads, writes = os.pipe()
+        endless = subprocess.Popen(["yes", "1"], stdout=writes)
+        self.addCleanup(endless.wait, SAFETY)
+        self.addCleanup(endless.kill)
+        self.addCleanup(os.close, reads)
+        os.close(writes)
+        for mode in ("process", "thread"):
+            popen = subprocess.Popen([sys.executable, SOURCE, "map", "-e", "x * 1000", "--mode", mode],
+                                     stdin=reads, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual(popen.stdout.readline(), b"1" * 1000 + b"\n")
+            popen.stdout.close()
+            popen.stdout = None
+            self.assertEqual((popen.communicate(timeout=SAFETY)[1], popen.returncode), (b"", 0))
+
+
+class ReadmeTests(ProgramCase):
+    """The examples of the README run, each by itself in a directory where the file has been copied."""
+
+    def readme(self):
+        path = os.path.join(FOLDER, "README.md")
+        if not os.path.exists(path):
+            self.skipTest("needs README.md")
+        self.copy = self.folder()
+        shutil.copy(SOURCE, self.copy)
+        return open_and_read(path)
+
+    def blocks(self, kind):
+        return re.findall(rf"^```{kind}\n(.*?)^```", self.readme(), re.DOTALL | re.MULTILINE)
+
+    def test_python(self):
+        blocks = self.blocks("python")
+        self.assertTrue(blocks)
+        programs = [Program(self, block, way="file", head=HEAD.replace(FOLDER, self.copy), cwd=self.copy) for block in blocks]
+        for number, (block, program) in enumerate(zip(blocks, programs)):
+            with self.subTest(number=number):
+                output, errors = program.output()
+                self.assertEqual(program.popen.returncode, 0, f"{block}\n{output}\n{errors}")
+                # A comment behind a print tells what it prints.
+                for told in re.findall(r"print\(.*\)\s+# ([\[{('\d].*)$", block, re.MULTILINE):
+                    self.assertIn(told, output, block)
+
+    def test_shell(self):
+        commands = [line for block in self.blocks("(?:sh|shell|console|bash)")
+                    for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        commands = [command.lstrip("$ ") for command in commands[:2] if "unittest" not in command]     # that is this run
+        self.assertTrue(commands)
+        for command in commands:
+            with self.subTest(command):
+                # A folder of ours: who knows what is in theirs.
+                command = re.sub(r"\bpython3\b", sys.executable, command.replace("/bin/", self.copy))
+                ended = subprocess.run(command, shell=True, cwd=self.copy, capture_output=True, text=True, timeout=SAFETY)
+                self.assertEqual((ended.returncode, ended.stderr), (0, ""), ended.stdout)
+                self.assertIn("concurry.py", ended.stdout)
 
 
 if __name__ == "__main__":
