@@ -867,26 +867,29 @@ def _as_they_finish(futures):
         watch.leave()
 
 
-def _finished(steps, timeout):
-    deadline = _deadline(timeout)
+def _in_time(steps, timeout, deadline):
+    """Yield each step, a future or a _Watch to sleep on, with the seconds that are left; TimeoutError at the end."""
     for step in steps:
-        if not isinstance(step, _Watch):
-            yield step
-        elif deadline is not None and _left(deadline) == 0:
+        left = _left(deadline)
+        if left == 0 and isinstance(step, _Watch):
             raise _timeout(f"not everything has ended within {timeout} seconds")
-        else:
-            step.sleep(_left(deadline))
+        yield step, left
 
 
-async def _finished_async(steps, timeout):
-    deadline = _deadline(timeout)
-    for step in steps:
-        if not isinstance(step, _Watch):
-            yield step
-        elif deadline is not None and _left(deadline) == 0:
-            raise _timeout(f"not everything has ended within {timeout} seconds")
+def _finished(steps):
+    for step, left in steps:
+        if isinstance(step, _Watch):
+            step.sleep(left)
         else:
-            await step.sleep_async(_left(deadline))
+            yield step
+
+
+async def _finished_async(steps):
+    for step, left in steps:
+        if isinstance(step, _Watch):
+            await step.sleep_async(left)
+        else:
+            yield step
 
 
 def as_completed(fs, timeout=None):
@@ -897,7 +900,7 @@ def as_completed(fs, timeout=None):
     fs = dict.fromkeys(fs)
     for future in fs:
         _check_waitable(future)
-    return _finished(_as_they_finish(fs), timeout)
+    return _finished(_in_time(_as_they_finish(fs), timeout, _deadline(timeout)))
 
 
 class _Gathering:
@@ -992,7 +995,7 @@ def gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False
     for future in gathering.futures:
         _check_waitable(future)
     if iter:
-        return _finished(gathering.pairs(), timeout)
+        return _finished(_in_time(gathering.pairs(), timeout, _deadline(timeout)))
     return _run(gathering.collect(timeout), timeout)
 
 
@@ -1005,7 +1008,7 @@ def async_gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse
     gathering.values = list(map(_as_future, gathering.values))
     gathering.find()
     if iter:
-        return _finished_async(gathering.pairs(), timeout)
+        return _finished_async(_in_time(gathering.pairs(), timeout, _deadline(timeout)))
     return _run_async(gathering.collect(timeout), timeout)
 
 
@@ -3056,7 +3059,8 @@ def _serve_forks(control, *parent):
     import gc
     import socket
     control = _own(socket.socket(fileno=control))
-    kept = [_own(open(pidfd, "rb", 0)) for pidfd in parent]     # noqa: F841: closed in workers, which have their own
+    # Closed in workers, which have their own.
+    kept = [_own(open(pidfd, "rb", 0)) for pidfd in parent]     # noqa: F841
     children = set()
     gc.collect()
     gc.freeze()                 # a collection in a worker would unshare the memory

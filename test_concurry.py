@@ -6,13 +6,11 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
-import enum
 import faulthandler
 import functools
 import gc
 import importlib
 import inspect
-import io
 import itertools
 import logging
 import logging.handlers
