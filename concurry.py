@@ -3449,8 +3449,9 @@ def _worker_main(connection):
         pass
 
 
-def _settle_in(path, directory, environment, arguments):
-    """Take over the parent's surroundings as they were at `init`."""
+def _settle_in(path, directory, environment, arguments, config):
+    """Take over the parent's surroundings as they were at `init`, for the worker's own pools its defaults too."""
+    global_config.__dict__.update(config.__dict__)
     sys.path[:] = path
     sys.argv[:] = arguments
     if dict(os.environ) != environment:
@@ -4181,7 +4182,7 @@ def _parent_state():
         directory = os.getcwd()
     except OSError:             # it has been removed
         directory = ""
-    return sys.path[:], directory, dict(os.environ), sys.argv[:]
+    return sys.path[:], directory, dict(os.environ), sys.argv[:], global_config
 
 
 def _module_being_imported():

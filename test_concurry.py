@@ -351,6 +351,10 @@ class ModuleTests(CleanTestCase):
                   if not name.startswith("_") and getattr(value, "__module__", "") == "concurry"}
         self.assertEqual(public - set(concurry.__all__) - {"main"}, set())
 
+    def test_examples_in_docstrings(self):
+        import doctest
+        self.assertEqual(doctest.testmod(concurry), (0, 5))
+
     def test_import_is_cheap(self):
         heavy = "asyncio", "multiprocessing", "sqlite3", "inspect", "subprocess", "ray"
         out = run_script(f"import concurry, sys; print([m for m in {heavy!r} if m in sys.modules])", flags=["-S"]).stdout
