@@ -323,7 +323,11 @@ class _Options(types.SimpleNamespace):
 
 # What a call came to: (kind, value). A tuple made for the occasion, so that `is` tells whose it is.
 _RESULT, _ERROR, _CANCELLED = "result", "error", "cancelled"
-_RUNNING = "running"
+
+
+def _is_begun(claim):
+    """Tell a worker's claim from the strings above, with which others claim that a call never begins."""
+    return claim is not None and type(claim) is not str
 
 
 class _Here(threading.local):
@@ -421,7 +425,7 @@ class BaseFuture(concurrent.futures.Future):
     def _state(self):
         outcome = self._outcome
         if outcome is None:
-            return "RUNNING" if self.__dict__.get("_claim") is _RUNNING else "PENDING"
+            return "RUNNING" if _is_begun(self.__dict__.get("_claim")) else "PENDING"
         return "CANCELLED_AND_NOTIFIED" if outcome[0] is _CANCELLED else "FINISHED"
 
     # What everybody calls.
@@ -445,7 +449,7 @@ class BaseFuture(concurrent.futures.Future):
 
         A cancelled call that had not begun never runs, and its place in the queue is free at once.
         """
-        if self.__dict__.setdefault("_claim", _CANCELLED) is not _RUNNING:
+        if not _is_begun(self.__dict__.setdefault("_claim", _CANCELLED)):
             return _settle(self, _CANCELLED, None) or self.cancelled()
         call = self.__dict__.get("_call")
         interrupt = call and call.backend and call.backend.interruption(call)
@@ -524,8 +528,10 @@ class BaseFuture(concurrent.futures.Future):
         if not _settle(self, kind, value):
             raise concurrent.futures.InvalidStateError(f"{self!r} is settled")
 
-    def _begin(self):
-        return self.__dict__.setdefault("_claim", _RUNNING) is _RUNNING
+    def _begin(self, claim=None):
+        """Claim the call for a worker; True once, or each time for the same claim."""
+        claim = claim or object()
+        return self.__dict__.setdefault("_claim", claim) is claim
 
     def __repr__(self):
         outcome = self._outcome
@@ -1292,6 +1298,7 @@ class _Recipe:
     def __init__(self, cls, args, kwargs, bound=None):
         self.cls, self.args, self.kwargs = cls, args, kwargs
         self.bound = bound          # the function that a TaskWorker always calls
+        self.config = global_config
 
     def build(self):
         _here.building = self.cls
@@ -1611,9 +1618,8 @@ class _OnDemandThreadBackend(_ThreadBackend):
             try:
                 call = self.inbox.get(timeout=linger)
             except queue.Empty:
-                if self.pool.dismiss(self):
-                    break
-                continue
+                self.pool.dismiss(self)
+                call = self.inbox.get()         # None, unless a call was quicker
             if call is None:
                 break
             runner = self._serve(call, runner, keeps)
@@ -3248,6 +3254,7 @@ def _load_wire():
 
 
 _HEADER = struct.Struct("<BxHIQ")       # kind, number of buffers, microseconds it took, bytes of pickle
+_MOST = 1 << 48         # bytes: whoever says there are more is mistaken
 _SIZE = struct.Struct("<Q")             # of a buffer, times two, plus one if it is read-only
 
 # Kinds of message: to the worker ...
@@ -3357,11 +3364,13 @@ class _Inbox:
     def _take_apart(self):
         while True:
             kind, count, took, size = _HEADER.unpack((yield _HEADER.size))
-            if kind > _NOT_LOADED:
-                raise ValueError(f"a message of unknown kind {kind}")
+            if not _BUILT <= kind <= _NOT_LOADED or size > _MOST:
+                raise ValueError(f"a message of kind {kind} and {size} bytes")
             sizes = []
             for _ in range(count):
                 sizes += _SIZE.unpack((yield _SIZE.size))
+                if sizes[-1] > _MOST:
+                    raise ValueError(f"a buffer of {sizes[-1]} bytes")
             data = yield size
             buffers = []
             for size in sizes:
@@ -3433,7 +3442,9 @@ def _worker_main(connection):
         _settle_in(*_loads(data, buffers))
         kind, _, data, buffers = _receive(connection)
         try:
-            runner = _Runner(_load(data, buffers) if recipe is None else recipe)
+            recipe = recipe or _load(data, buffers)
+            global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
+            runner = _Runner(recipe)
         except BaseException as error:
             _send_all(connection, _message(_NOT_BUILT, _dump_error(_without_our_frame(error))))
             return
@@ -3449,9 +3460,8 @@ def _worker_main(connection):
         pass
 
 
-def _settle_in(path, directory, environment, arguments, config):
-    """Take over the parent's surroundings as they were at `init`, for the worker's own pools its defaults too."""
-    global_config.__dict__.update(config.__dict__)
+def _settle_in(path, directory, environment, arguments):
+    """Take over the parent's surroundings as they were at `init`."""
     sys.path[:] = path
     sys.argv[:] = arguments
     if dict(os.environ) != environment:
@@ -3568,13 +3578,20 @@ class _Reader:
 
     def post(self, function, *args):
         """Have a function called on this thread; from any thread, at any time."""
-        self.todo.append((function, args))
-        if not self.is_rung and _here.reader is not self:
-            self.is_rung = True
-            try:
-                self.rope.send(b"!")
-            except OSError:         # the bell rings already, or there is nobody left to hear it
-                pass
+        try:
+            self.todo.append((function, args))
+            if not self.is_rung and _here.reader is not self:
+                self.is_rung = True
+                self._ring()
+        except BaseException:       # a signal handler's
+            self._ring()
+            raise
+
+    def _ring(self):
+        try:
+            self.rope.send(b"!")
+        except OSError:             # it rings already, or there is nobody left to hear it
+            pass
 
     def later(self, seconds, function):
         """Call a function after some time; on this thread only."""
@@ -3679,40 +3696,51 @@ class _Link:
         self.process = process
         self.inbox = _Inbox(connection)
         self.outbox = collections.deque()   # parts of messages that the socket has not taken
-        self.sent = collections.deque()     # (call, bytes up to its end), in order, without an answer
+        self.sent = collections.deque()     # (call, where its message ends), in order, without an answer
+        self.end = 0                        # where the last message ends, in bytes from the beginning
+        self.taken = 0, []                  # by the socket: bytes, and those of the latest send
         self.known = set()                  # numbers of the shared functions it has
         self.forgotten = collections.deque()
         self.is_built = False
         self.is_blocked = False             # the socket is full; the reader watches for room
         self.has_begun = False              # a call, ever
 
-    def send(self, parts):
-        """Queue parts of messages; return their bytes."""
+    def send(self, parts, call=None):
+        """Queue the parts of messages, of a call or about the worker."""
+        self.end += sum(map(len, parts))
+        if call is not None:
+            self.sent.append((call, self.end))
         self.outbox.extend(parts)
-        return sum(map(len, parts))
 
     def flush(self):
         """Send what the socket takes; tell whether that was all."""
         while self.outbox:
             parts = list(itertools.islice(self.outbox, 64))
+            taken, latest = self.taken
             try:
-                count = self.connection.sendmsg(parts)
+                # In one step that no signal handler can come into: the number would be lost.
+                latest.extend(map(self.connection.sendmsg, (parts,)))
             except BlockingIOError:
                 return False
             except OSError:                 # the worker is dead: its sentinel tells
                 self.is_blocked = True
                 return True
-            while count:
-                part = self.outbox.popleft()
-                if count < len(part):
-                    self.outbox.appendleft(memoryview(part)[count:])
-                    break
-                count -= len(part)
+            self.taken = taken + latest[0], []
+            self._drop(latest[0])
         return True
 
-    def unread(self):
-        """Return how many bytes a dead worker has not taken."""
-        count = sum(map(len, self.outbox))
+    def _drop(self, count):
+        while count:
+            part = self.outbox.popleft()
+            if count < len(part):
+                self.outbox.appendleft(memoryview(part)[count:])
+                break
+            count -= len(part)
+
+    def read_by_worker(self):
+        """Return how many bytes a dead worker has read."""
+        taken, latest = self.taken
+        count = taken + sum(latest)
         while True:
             try:
                 data = self.far.recv(1 << 20, socket.MSG_DONTWAIT)
@@ -3720,7 +3748,7 @@ class _Link:
                 data = b""
             if not data:
                 return count
-            count += len(data)
+            count -= len(data)
 
     def close(self):
         self.connection.close()
@@ -3783,7 +3811,7 @@ class _ProcessBackend(_Backend):
 
     def start(self):
         self.queue = collections.deque()        # placed here and not yet sent
-        self.feeding = threading.Lock()
+        self.turn = {}                          # "is": whose it is to move calls to the socket
         self.link = None
         self.dead = None                        # a link that is to be buried
         self.failures = 0                       # starts in a row that came to nothing
@@ -3800,11 +3828,20 @@ class _ProcessBackend(_Backend):
 
     def feed(self):
         """Send what the worker can take; from any thread."""
-        while self._is_hungry() and self.feeding.acquire(False):
-            try:
+        mine, turn = object(), self.turn
+        try:
+            while self._is_hungry() and turn.setdefault("is", mine) is mine:
                 self._feed(self.link)
-            finally:
-                self.feeding.release()
+                del turn["is"]
+        except BaseException:
+            # A signal handler's, in the middle of anything. The process goes, for what it would read may be
+            # broken; which calls it has begun is known all the same.
+            if turn.get("is") is mine:
+                self.link.is_blocked = True
+                self.link.process.kill()
+                del turn["is"]
+            self.reader.post(self._bury)
+            raise
         if self.dead is not None:
             self.reader.post(self._bury)
 
@@ -3818,25 +3855,29 @@ class _ProcessBackend(_Backend):
 
     def _feed(self, link):
         while self.queue and len(link.sent) < self._window():
-            call = self.queue.popleft()
-            message, shared = call.message, call.shared
-            if message is None or not call.future._begin():         # settled meanwhile
-                continue
-            size = 0
-            if link.forgotten:
-                numbers = [link.forgotten.popleft() for _ in range(len(link.forgotten))]
-                link.known.difference_update(numbers)
-                size += link.send(_message(_FORGET, _dumps(numbers)))
-            if shared is not None and shared.number not in link.known:
-                link.known.add(shared.number)
-                shared.holders.add(link)
-                data, buffers = shared.portable
-                size += link.send(_message(_SHARED, _dumps((shared.number, data))[:1] + (buffers,)))
-            link.sent.append((call, size + sum(map(len, message))))
-            link.send(message)
+            call = self.queue[0]
+            message = call.message
+            # None: settled meanwhile. Twice in the queue: a signal handler has raised while it was placed.
+            if message is not None and call.future._begin(call) and all(call is not sent for sent, _ in link.sent):
+                link.send(self._news(link, call.shared) + message, call)
+            self.queue.popleft()
         if not link.flush():
             link.is_blocked = True
             self.reader.post(self._watch_for_room, link)
+
+    def _news(self, link, shared):
+        """Return the messages that must be there before the call: a shared function, and the end of others."""
+        parts = []
+        if link.forgotten:
+            numbers = [link.forgotten.popleft() for _ in range(len(link.forgotten))]
+            link.known.difference_update(numbers)
+            parts += _message(_FORGET, _dumps(numbers))
+        if shared is not None and shared.number not in link.known:
+            link.known.add(shared.number)
+            shared.holders.add(link)
+            data, buffers = shared.portable
+            parts += _message(_SHARED, (_dumps((shared.number, data))[0], buffers))
+        return parts
 
     def _watch_for_room(self, link):
         if link is self.link:
@@ -3853,13 +3894,13 @@ class _ProcessBackend(_Backend):
                                         functools.partial(self._hear, link))
             link.is_blocked = False
         try:
-            messages = link.inbox.receive()
+            for message in link.inbox.receive():
+                self._take(link, *message)
         except Exception as error:
-            logger.error("%s sent what cannot be understood (%s): it is killed", self.name, error)
+            logger.error("%s sent what cannot be understood (%r): it is killed", self.name, error)
+            self.reader.forget(link.connection)
             link.process.kill()
             return
-        for kind, took, data, buffers in messages:
-            self._take(link, kind, took, data, buffers)
         if link.inbox.is_at_end and link.process is not None:
             # Without a death: the task has closed its descriptors. It cannot answer any more.
             self.reader.forget(link.connection)
@@ -3869,6 +3910,8 @@ class _ProcessBackend(_Backend):
     def _take(self, link, kind, took, data, buffers):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
         if kind >= _RETURNED:
+            if not link.sent:
+                raise ValueError("an answer to no call")
             call, _ = link.sent.popleft()
             link.has_begun = True
             self.failures = 0
@@ -3926,7 +3969,7 @@ class _ProcessBackend(_Backend):
 
     def _bury(self):
         """Settle what a dead process leaves behind, and start another one in its place."""
-        if self.dead is None or not self.feeding.acquire(False):
+        if self.dead is None or self.turn.setdefault("is", self) is not self:
             return                      # whoever feeds will post this again
         try:
             link = self.link
@@ -3936,7 +3979,7 @@ class _ProcessBackend(_Backend):
             self.queue.extendleft(reversed(unbegun))
             self.link = self.dead = None
         finally:
-            self.feeding.release()
+            del self.turn["is"]
         pid, exitcode = link.process.pid, link.process.exitcode()
         self._unwatch(link)
         link.close()
@@ -3955,13 +3998,10 @@ class _ProcessBackend(_Backend):
 
     def _sort_out(self, link):
         """Part the calls that were sent into those that had begun, one at most, and the others."""
-        rest, unbegun = link.unread(), collections.deque()
-        while link.sent and rest > 0:
-            call, size = link.sent.pop()
-            rest -= size
-            if call in self.calls:
-                unbegun.appendleft(call)
-        return [call for call, _ in link.sent], unbegun
+        read = link.read_by_worker()
+        begun = [call for call, end in link.sent if end <= read]
+        return begun, [call for call, end in link.sent
+                       if end > read and call in self.calls and call not in self.queue]
 
     def _unwatch(self, link):
         for file in (link.connection, link.process.sentinel):
@@ -4144,7 +4184,10 @@ def _settle_answer(call, kind, data, buffers):
         except BaseException as cause:
             outcome = _ERROR, _loading_error("result", call, cause)
     else:
-        error = _load_error(data, buffers)
+        try:
+            error = _load_error(data, buffers)
+        except BaseException as cause:
+            error, kind = _loading_error("exception", call, cause), _RAISED
         outcome = _ERROR, error if kind == _RAISED else _loading_error("arguments", call, error)
     _settle(call.future, *outcome)
 
@@ -4172,8 +4215,8 @@ class _OnDemandProcessBackend(_ProcessBackend):
             self.reader.later(self.pool.options.on_demand_linger, lambda: self._leave(total))
 
     def _leave(self, total):
-        if total == self.total and not self.is_finishing and self.pool.dismiss(self):
-            self.finish()
+        if total == self.total and not self.is_finishing:
+            self.pool.dismiss(self)
 
 
 def _parent_state():
@@ -4182,7 +4225,7 @@ def _parent_state():
         directory = os.getcwd()
     except OSError:             # it has been removed
         directory = ""
-    return sys.path[:], directory, dict(os.environ), sys.argv[:], global_config
+    return sys.path[:], directory, dict(os.environ), sys.argv[:]
 
 
 def _module_being_imported():
@@ -4263,7 +4306,8 @@ class _Pool:
     no worker has room for it; in its backend's `calls` from then on. These are dicts and deques whose
     single operations are atomic, so that giving a place back needs no lock and can happen anywhere,
     in a signal handler too. Only placing is done by one thread at a time: whoever finds another one
-    at it leaves the work to that one, and nobody waits.
+    at it leaves the work to that one, and nobody waits. It is done in steps that may be done twice:
+    a signal handler may raise in the middle of any of them.
     """
 
     def __init__(self, recipe, options):
@@ -4277,8 +4321,8 @@ class _Pool:
         self.backends = []
         self.calls = {}
         self.backlog = collections.deque()
-        self.placing = threading.Lock()
-        self.placer = None              # the thread that holds it
+        self.chores = collections.deque()       # what else is for the one who places to do
+        self.turn = {}                  # "is": whose turn it is to place, a list of his thread
         self.dispatched = 0
         self.restarts = 0
         self.is_stopped = False
@@ -4385,7 +4429,7 @@ class _Pool:
 
     def _wait_for_place(self, call, deadline):
         """Sleep until the call has been placed or settled, where this thread may sleep."""
-        if self.options.on_demand or self.placer == threading.get_ident() or _must_not_block():
+        if self.options.on_demand or self.turn.get("is") == [threading.get_ident()] or _must_not_block():
             return
         gate = call.gate = _held_lock()
         if call.backend is None and not call.future.done() and not _sleep_on(gate, _left(deadline)):
@@ -4395,26 +4439,36 @@ class _Pool:
 
     def place(self):
         """Give what is in the backlog to workers that have room."""
-        while self.backlog and self.placing.acquire(False):
-            self.placer = threading.get_ident()
-            try:
+        mine, turn = [threading.get_ident()], self.turn
+        try:
+            while (self.backlog or self.chores) and turn.setdefault("is", mine) is mine:
                 refused = self._place_all()
-            finally:
-                self.placer = None
-                self.placing.release()
-            for call, error in refused:
-                _settle_unbegun(call.future, _ERROR, error)
-            # Looked at again after the release: who gave a place back meanwhile left it to us.
-            if not (self.backlog and any(len(backend.calls) < self.room for backend in self._usable())):
-                return
+                del turn["is"]
+                for call, error in refused:
+                    _settle_unbegun(call.future, _ERROR, error)
+                # Looked at again after the turn: who gave a place back meanwhile left it to us.
+                if not (self.chores or self.backlog and self._has_room()):
+                    return
+        except BaseException:           # a signal handler's: the turn must not stay taken
+            if turn.get("is") is mine:
+                del turn["is"]
+                self.place()
+            raise
+
+    def _has_room(self):
+        return any(len(backend.calls) < self.room for backend in self._usable())
 
     def _place_all(self):
         """Place calls while there is room; return those that nobody will ever take, with the reason."""
         backlog, refused = self.backlog, []
+        while self.chores:
+            self.chores[0](refused)
+            self.chores.popleft()
         while backlog:
             call = backlog[0]
             if call in self.calls:          # it is not settled yet
-                backend, error = self._choose()
+                # With a backend: the step is done a second time.
+                backend, error = self._choose() if call.backend is None else (call.backend, None)
                 if error is not None:
                     refused.append((call, error))
                 elif backend is None:
@@ -4483,16 +4537,14 @@ class _Pool:
             self._finish()
 
     def dismiss(self, backend):
-        """Take an idle worker out of an on-demand pool; return False if it got a call meanwhile.
-
-        To be called in a thread of ours: it may wait for the one that is placing.
-        """
-        with self.placing:
-            is_idle = not backend.calls
-            if is_idle:
-                self._remove(backend)
+        """Have a worker of an on-demand pool end, if it is idle when its turn comes."""
+        self.chores.append(functools.partial(self._dismiss, backend))
         self.place()
-        return is_idle
+
+    def _dismiss(self, backend, refused):
+        if not backend.calls and backend in self.backends:
+            self._remove(backend)
+            backend.finish()
 
     def _remove(self, backend):
         # A new list: others may be reading the old one.
@@ -4500,22 +4552,21 @@ class _Pool:
 
     def lose(self, backend, error):
         """Give up a worker that cannot be started: the others take over, or all fails with this error."""
-        with self.placing:
-            self._remove(backend)
-            calls = list(backend.calls)
-            backend.calls.clear()
-            for call in calls:
-                call.backend = None
-            if self.options.on_demand:
-                lost = calls
-            else:
-                lost = ()
-                self.backlog.extendleft(reversed(calls))
-                if not self.backends:
-                    self.broken = error
-        for call in lost:
-            _settle_unbegun(call.future, _ERROR, error)
+        self.chores.append(functools.partial(self._lose, backend, error))
         self.place()
+
+    def _lose(self, backend, error, refused):
+        self._remove(backend)
+        calls = list(backend.calls)
+        if self.options.on_demand:
+            refused.extend((call, error) for call in calls)
+            return
+        for call in calls:
+            call.backend = None
+        self.backlog.extendleft(reversed(calls))
+        backend.calls.clear()
+        if not self.backends:
+            self.broken = error
 
     # Ending
 

@@ -353,7 +353,7 @@ class ModuleTests(CleanTestCase):
 
     def test_examples_in_docstrings(self):
         import doctest
-        self.assertEqual(doctest.testmod(concurry), (0, 5))
+        self.assertEqual(doctest.testmod(concurry), (0, 3))
 
     def test_import_is_cheap(self):
         heavy = "asyncio", "multiprocessing", "sqlite3", "inspect", "subprocess", "ray"
@@ -449,6 +449,17 @@ class OptionTests(CleanTestCase):
 
 
 class ConfigTests(CleanTestCase):
+    def test_it_travels_with_the_worker(self):
+        def inner():
+            import concurry
+            with concurry.Executor("thread", 1) as pool:
+                return pool.submit(abs, -3)         # the result: blocking is the parent's default
+        self.addCleanup(concurry.global_config.reset_to_defaults)
+        concurry.global_config.defaults.blocking = True
+        for method in ("forkserver", "spawn", "fork"):
+            with self.subTest(method), Executor("process", 1, mp_context=method) as pool:
+                self.assertEqual(pool.submit(inner), 3)
+
     def setUp(self):
         self.addCleanup(global_config.reset_to_defaults)
 
