@@ -273,6 +273,12 @@ class _Config:
         self.thread = _Settings(max_workers=24, max_queued_tasks=100)
         self.process = _Settings(max_workers=4, max_queued_tasks=5)
 
+    def __setattr__(self, name, value):
+        if not isinstance(value, _Settings):
+            raise TypeError(f"{name!r} cannot be set: set options of {', '.join(vars(self))}, "
+                            f"as in global_config.thread.max_workers = 50")
+        self.__dict__[name] = value
+
     def get_defaults(self, mode):
         """Return the settings that hold for a mode, as a dict."""
         return {**self.defaults.__dict__, **getattr(self, ExecutionMode(mode).value).__dict__}
@@ -496,7 +502,7 @@ class BaseFuture(concurrent.futures.Future):
 
     def _wait(self, timeout):
         """Sleep until the outcome is there, and return it."""
-        if timeout is None or timeout > 0:
+        if timeout is None or _number_of_seconds(timeout) > 0:
             lock = _held_lock()
             waker = functools.partial(_release, lock)
             _attend(self, "_wakers", waker)
@@ -667,6 +673,20 @@ def _when_done(future, fn):
         future.get_loop().call_soon_threadsafe(future.add_done_callback, fn)
 
 
+def _forget_when_done(future, fn):
+    """Take back what `_when_done` did."""
+    if isinstance(future, BaseFuture):
+        _leave(future, fn)
+    elif isinstance(future, concurrent.futures.Future):
+        with future._condition:
+            if fn in future._done_callbacks:
+                future._done_callbacks.remove(fn)
+    elif _in_own_loop(future):
+        future.remove_done_callback(fn)
+    elif not future.get_loop().is_closed():
+        future.get_loop().call_soon_threadsafe(future.remove_done_callback, fn)
+
+
 def _outcome_of(future):
     """Return the (kind, value) of a done future of any kind."""
     if isinstance(future, BaseFuture):
@@ -703,7 +723,13 @@ def wrap_future(future):
 # === Waiting ===
 
 def _deadline(timeout):
-    return None if timeout is None else time.monotonic() + timeout
+    return None if timeout is None else time.monotonic() + _number_of_seconds(timeout)
+
+
+def _number_of_seconds(timeout):
+    if isinstance(timeout, (int, float)):
+        return timeout
+    raise TypeError(f"timeout must be a number of seconds, or None, not {timeout!r}")
 
 
 def _left(deadline):
@@ -770,8 +796,8 @@ class _Watch:
     def leave(self):
         """Be forgotten by the futures that are not done."""
         for future in self.futures:
-            if isinstance(future, BaseFuture) and not future.done():
-                _leave(future, self.tell)
+            if not future.done():
+                _forget_when_done(future, self.tell)
 
 
 # What is to be done while waiting is written once, as generators that yield a _Watch to sleep on;
@@ -797,6 +823,12 @@ async def _run_async(steps, timeout):
         return end.value
     finally:
         steps.close()
+
+
+def _several(fs):
+    if _is_collection(fs):
+        return fs
+    raise TypeError(f"a collection of futures is needed, not {fs!r}")
 
 
 def _check_waitable(future):
@@ -829,7 +861,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     (done, not_done) of sets, as concurrent.futures.wait does; a timeout is not an error. RuntimeError
     for an asyncio future of the loop that runs in this thread.
     """
-    fs = set(fs)
+    fs = set(_several(fs))
     for future in fs:
         _check_waitable(future)
     return _run(_settled_of(fs, ReturnWhen(return_when)), timeout)
@@ -840,7 +872,7 @@ async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED):
 
     A coroutine is run as a task, and the task is in the sets.
     """
-    fs = set(map(_as_future, fs))
+    fs = set(map(_as_future, _several(fs)))
     for future in fs:
         if not _is_future(future):
             raise TypeError(f"a future or coroutine is needed, not {type(future).__name__}")
@@ -903,7 +935,7 @@ def as_completed(fs, timeout=None):
 
     TimeoutError when something is still missing `timeout` seconds after the call (None: never).
     """
-    fs = dict.fromkeys(fs)
+    fs = dict.fromkeys(_several(fs))
     for future in fs:
         _check_waitable(future)
     return _finished(_in_time(_as_they_finish(fs), timeout, _deadline(timeout)))
@@ -1239,7 +1271,8 @@ class _Call:
     backend = None              # where it was placed
     gate = None                 # a lock that the thread which submits it sleeps on
     message = None              # where it goes to a process: the parts of its message ...
-    shared = None               # ... and the function that has to be there first
+    shared = None               # ... the function that has to be there first, ...
+    link = None                 # ... and where it was sent
     task = None                 # the asyncio task that carries it out
     watch = None                # while it waits for futures among its arguments
     is_late = False             # it had to wait for them
@@ -1651,6 +1684,8 @@ class _AsyncioBackend(_Backend):
 
     def start(self):
         self.inbox = collections.deque()        # for the loop
+        import asyncio
+        self.loop = asyncio.new_event_loop()
         self.is_over = False
         self.is_woken = False                   # the loop knows that there is something in it
         self.plain = queue.SimpleQueue()        # for the companion
@@ -1661,6 +1696,7 @@ class _AsyncioBackend(_Backend):
             self.thread.start()
         except BaseException as error:
             _settle(self.started, _ERROR, error)
+            self.loop.close()
             raise
 
     def submit(self, call):
@@ -1721,7 +1757,6 @@ class _AsyncioBackend(_Backend):
     def _main(self):
         import asyncio
         _here.is_ours = True
-        self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
         self.loop.create_task(self._build_on_loop())
         while not self.is_over:
@@ -3857,8 +3892,10 @@ class _ProcessBackend(_Backend):
         while self.queue and len(link.sent) < self._window():
             call = self.queue[0]
             message = call.message
-            # None: settled meanwhile. Twice in the queue: a signal handler has raised while it was placed.
-            if message is not None and call.future._begin(call) and all(call is not sent for sent, _ in link.sent):
+            # None: settled meanwhile. On this link already: it is in the queue twice, for a signal handler has
+            # raised while it was placed.
+            if message is not None and call.link is not link and call.future._begin(call):
+                call.link = link
                 link.send(self._news(link, call.shared) + message, call)
             self.queue.popleft()
         if not link.flush():
@@ -4358,6 +4395,7 @@ class _Pool:
         except BaseException:
             self.stop(0)
             raise
+        self.place()            # what a signal handler has submitted meanwhile
 
     # Submitting
 
@@ -4432,7 +4470,8 @@ class _Pool:
         if self.options.on_demand or self.turn.get("is") == [threading.get_ident()] or _must_not_block():
             return
         gate = call.gate = _held_lock()
-        if call.backend is None and not call.future.done() and not _sleep_on(gate, _left(deadline)):
+        # Asked after the gate was made: who settles the call takes it out before he looks for a gate.
+        if call.backend is None and call in self.calls and not _sleep_on(gate, _left(deadline)):
             raise _timeout("no place in the queue became free in time")
 
     # Placing
@@ -4790,7 +4829,7 @@ class _Handle:
             await _run_async(self._pool.until_ended(), None)
 
     def __getattr__(self, name):
-        _check_method(self._pool.recipe.cls, name)
+        _check_method(self._pool.recipe.cls, name, dir(type(self)))
         return functools.partial(self._call, name)
 
     def __setattr__(self, name, value):
@@ -4825,7 +4864,7 @@ for _name in _OPTIONS:
     setattr(_Handle, _name, property(_option_reader(_name), doc=f"The option {_name}."))
 
 
-def _check_method(cls, name):
+def _check_method(cls, name, others=()):
     """Raise an AttributeError that helps unless `name` is a public method of the class."""
     if name.startswith("_"):
         raise AttributeError(f"{name!r} is private: only public methods of {cls.__name__} can be called from outside")
@@ -4834,7 +4873,7 @@ def _check_method(cls, name):
         return
     if value is not _UNSET or any(name in getattr(base, "__annotations__", ()) for base in cls.__mro__):
         raise AttributeError(f"{name!r} is data of {cls.__name__}: only methods can be called from outside")
-    known = [known for known, value in _definitions(cls) if not known.startswith("_") and callable(getattr(cls, known))]
+    known = [known for known in {*dict(_definitions(cls)), *others} if not known.startswith("_")]
     raise AttributeError(f"{cls.__name__} has no method {name!r}{_nearest(name, known)}")
 
 
@@ -5142,6 +5181,7 @@ def worker(cls=None, /, *, auto_init=True, **options):
     Any class will do. `My(...)` and `My.init(...)` then return a handle, `My.options(...)` overrides;
     `auto_init=False` keeps `My(...)` a plain object. Raises as `Worker.options` does.
     """
+    options = {name: _parse(name, value) for name, value in options.items()}
     if cls is None:
         return lambda cls: worker(cls, auto_init=auto_init, **options)
     if not isinstance(cls, type):
@@ -5250,7 +5290,9 @@ class _TaskFunction(_TaskHandle):
     __setattr__ = object.__setattr__        # a function has attributes
 
     def __init__(self, fn, given):
-        self.__dict__.update(_fn=fn, _given=given, _making=threading.Lock(), _made=None, _is_started=False)
+        if not callable(fn):
+            raise TypeError(f"@task needs a function, not {fn!r}")
+        self.__dict__.update(_fn=fn, _given=given, _making=threading.RLock(), _made=None, _is_started=False)
         functools.update_wrapper(self, fn)
 
     @property
@@ -5275,12 +5317,13 @@ class _TaskFunction(_TaskHandle):
         with self._making:
             if self._is_started or pool.closed:
                 return
+            # First: a signal handler that calls the function meanwhile finds it started, and is put in line.
+            self.__dict__["_is_started"] = True
             try:
                 pool.start()
             except BaseException:
-                self.__dict__["_made"] = None
+                self.__dict__.update(_made=None, _is_started=False)
                 raise
-            self.__dict__["_is_started"] = True
 
     def _call(self, method, args, kwargs):
         if not self._is_started:
@@ -5308,12 +5351,10 @@ def task(fn=None, /, **options):
     size, is the default in thread and process mode. A parameter named `limits` gets the worker's limits.
     Options and what is raised are those of `Worker.options`.
     """
-    if fn is None:
-        given = {name: _parse(name, value) for name, value in options.items()}
-        if given.get("mode"):
-            _Options(given, sized=True)
-        return lambda fn: _TaskFunction(fn, given)
-    return task(**options)(fn)
+    given = {name: _parse(name, value) for name, value in options.items()}
+    if given.get("mode"):
+        _Options(given, sized=True)
+    return (lambda fn: _TaskFunction(fn, given)) if fn is None else _TaskFunction(fn, given)
 
 
 # === Command line ===
