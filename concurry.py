@@ -3652,7 +3652,10 @@ class _Reader:
         return True
 
     def _answer_bell(self, events):
-        self.bell.recv(4096)
+        try:
+            self.bell.recv(4096)
+        except BlockingIOError:     # heard by a wait in the middle of this round
+            pass
         self.is_rung = False        # before the work is looked at: what comes now rings again
 
     def _main(self):
@@ -4744,9 +4747,13 @@ def _finish_all():
 
 def _abandon_all():
     """Make the parent's handles and futures say, in a forked child, that they are the parent's."""
-    global _pools, _reader_lock
-    pools, _pools, _reader_lock = list(_pools), weakref.WeakSet(), threading.RLock()
+    global _pools, _reader_lock, _naming
+    pools, _pools = list(_pools), weakref.WeakSet()
+    _reader_lock, _naming = threading.RLock(), threading.RLock()    # another thread may have held them
     _readers.clear()
+    # The only thread there is now may have been the reader, or a worker's.
+    _here.__dict__.update(is_ours=False, reader=None, callbacks=0, failing=None, sync_calls=())
+    _calling.set(None)
     for pool in pools:
         pool.abandon()
 
