@@ -1740,17 +1740,17 @@ class _AsyncioBackend(_Backend):
             else:
                 context = call.context
                 if context is not None and call.future._begin():
-                    self._start(call, context, self.runner.outcome_async(call.method, call.args, call.kwargs))
+                    self._start(call, context, self.runner.outcome_async, call.method, call.args, call.kwargs)
 
-    def _start(self, call, context, coroutine):
+    def _start(self, call, context, run, *args):
         # In the context of the submitter; the task copies it.
-        call.task = task = context.run(self.loop.create_task, self._drive(call, coroutine))
+        call.task = task = context.run(self.loop.create_task, self._drive(call, run, args))
         # For one that is cancelled before it has begun: nothing of _drive runs.
         task.add_done_callback(lambda task: _settle(call.future, _CANCELLED, None))
 
-    async def _drive(self, call, coroutine):
+    async def _drive(self, call, run, args):
         _calling.set(call)
-        outcome = await coroutine
+        outcome = await run(*args)
         call.task = None
         _settle(call.future, *outcome)
 
@@ -1803,7 +1803,7 @@ class _AsyncioBackend(_Backend):
         if context is not None and call.future._begin():
             kind, value = context.run(self._attempt, call)
             if isinstance(value, types.CoroutineType):
-                self.loop.call_soon_threadsafe(self._start, call, context, _captured(value))
+                self.loop.call_soon_threadsafe(self._start, call, context, _captured, value)
             else:
                 _settle(call.future, kind, value)
 
@@ -3742,6 +3742,7 @@ class _Link:
         self.is_built = False
         self.is_blocked = False             # the socket is full; the reader watches for room
         self.has_begun = False              # a call, ever
+        self.is_broken = False              # by us: that is no failure of the worker
 
     def send(self, parts, call=None):
         """Queue the parts of messages, of a call or about the worker."""
@@ -3875,7 +3876,7 @@ class _ProcessBackend(_Backend):
             # A signal handler's, in the middle of anything. The process goes, for what it would read may be
             # broken; which calls it has begun is known all the same.
             if turn.get("is") is mine:
-                self.link.is_blocked = True
+                self.link.is_blocked = self.link.is_broken = True
                 self.link.process.kill()
                 del turn["is"]
             self.reader.post(self._bury)
@@ -4064,7 +4065,7 @@ class _ProcessBackend(_Backend):
                 _settle(self.started, _ERROR, self.cause or self._death(pid, exitcode, None))
             self._end()
             return
-        if not had_begun and not link.has_begun:
+        if not (had_begun or link.has_begun or link.is_broken):
             self._failed_to_start(self.cause or self._death(pid, exitcode, None))
             return
         logger.warning("%s (pid %d) died, exit code %s: its state is lost, a new process takes its place",

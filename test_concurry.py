@@ -5319,6 +5319,254 @@ def raise_it(error, future):
     raise error("on purpose")
 
 
+# === Found by fresh eyes ===
+
+class SignalTests(CleanTestCase):
+    """What a signal handler raises, at whatever moment of a submission, loses no call and no place."""
+
+    SCRIPT = """
+        import collections, concurry, os, random, signal, sys
+        class Boom(KeyboardInterrupt): pass
+        def ring(number, frame):
+            if armed: raise Boom
+        signal.signal(signal.SIGALRM, ring)
+        armed, futures, hits = False, {}, 0
+        path = sys.argv[1]
+        def note(n, path=path):
+            descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.write(descriptor, b"%d\\n" % n)
+            os.close(descriptor)
+            return n
+        pool = concurry.Executor(sys.argv[2], 2, on_demand=sys.argv[3] == "True")
+        import logging
+        logging.disable(logging.WARNING)
+        random.seed(5)
+        for n in range(400):
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 4e-4))
+                for n in (3 * n, 3 * n + 1, 3 * n + 2):
+                    futures[n] = pool.submit(note, n)
+                armed = False
+            except Boom:
+                armed, hits = False, hits + 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        concurry.wait(futures.values())
+        wrong = [n for n, f in futures.items() if f.exception() is None and f.result() != n]
+        pool.shutdown()
+        lines = collections.Counter(open(path).read().split())
+        print(hits > 0, wrong, [n for n, count in lines.items() if count > 1], len(pool._pool.calls))
+    """
+
+    def test_an_exception_in_the_middle_of_a_submission(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for mode, on_demand in (("thread", False), ("thread", True), ("process", False)):
+                with self.subTest(mode=mode, on_demand=on_demand):
+                    log = os.path.join(folder, f"{mode}{on_demand}")
+                    ended = run_script(self.SCRIPT, log, mode, str(on_demand))
+                    self.assertEqual(ended.stdout, "True [] [] 0\n")
+
+    def test_a_handler_that_calls_the_task_that_is_being_started(self):
+        run_script("""
+            import concurry, os, signal
+            def f(x): return x
+            task = concurry.task(mode="process", on_demand=False, max_workers=1)(f)
+            inner = []
+            signal.signal(signal.SIGUSR1, lambda *_: inner.append(task(2)))
+            launch = concurry._launch
+            def launch_and_ring(*args):
+                if not inner:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return launch(*args)
+            concurry._launch = launch_and_ring
+            assert task(1).result() == 1
+            assert [future.result() for future in inner] == [2], inner
+            task.stop()
+        """)
+
+    def test_ctrl_c_while_with_waits_at_its_end(self):
+        for mode in ("thread", "process"):
+            with self.subTest(mode):
+                ended = run_script("""
+                    import concurry, os, signal, sys, threading
+                    def never(): threading.Event().wait()
+                    try:
+                        with concurry.Executor(sys.argv[1], 1) as pool:
+                            future = pool.submit(never)
+                            waiting = pool._pool.until_ended
+                            def until_ended():
+                                os.kill(os.getpid(), signal.SIGINT)
+                                yield from waiting()
+                            pool._pool.until_ended = until_ended
+                    except KeyboardInterrupt:
+                        print(future.done())
+                """, mode)
+                self.assertEqual(ended.stdout, "True\n")
+
+    def test_ctrl_c_in_the_middle_of_stop(self):
+        ended = run_script("""
+            import concurry, os, signal, threading
+            def never(): threading.Event().wait()
+            pool = concurry.Executor("process", 1)
+            future = pool.submit(never)
+            assert future.running()
+            run = concurry._run
+            def run_and_ring(*args):
+                concurry._run = run
+                os.kill(os.getpid(), signal.SIGINT)
+                return run(*args)
+            concurry._run = run_and_ring
+            try:
+                pool.stop(30)
+            except KeyboardInterrupt:
+                print(type(future.exception()).__name__, pool._pool.backends[0].ended.exception())
+        """)
+        self.assertEqual(ended.stdout, "WorkerDiedError None\n")
+
+
+class ChainTests:
+    def test_a_long_chain_of_failures(self):
+        held, go = self.flag(), self.flag()
+        pool = self.make(TaskWorker, **({} if self.mode in ("sync", "asyncio") else {"max_queued_tasks": None}))
+
+        def fail():
+            held.set()
+            go.wait()
+            raise KeyError("the first")
+
+        if self.mode == "sync":
+            head = concurry.BaseFuture()
+        else:
+            head = pool.submit(fail)
+            held.wait()
+        chain = [head]
+        for _ in range(2000):
+            chain.append(pool.submit(len, chain[-1]))
+        head.set_exception(KeyError("the first")) if self.mode == "sync" else go.set()
+        self.assertEqual(concurry.wait(chain, SAFETY).not_done, set())
+        self.assertEqual({type(future.exception(0)) for future in chain}, {KeyError})
+
+    def test_a_dependency_that_cannot_be_waited_for(self):
+        loop = asyncio.new_event_loop()
+        never = loop.create_future()
+        loop.close()
+        pool = self.make(TaskWorker)
+        self.assertRaises(RuntimeError, pool.submit, abs, never)
+        self.assertEqual(len(pool._pool.calls), 0)
+        pool.shutdown()
+
+
+over_modes(globals(), [ChainTests])
+
+
+class RaceTests(CleanTestCase):
+    def test_a_task_cancelled_before_it_begins(self):
+        async def cancel_all():
+            me = asyncio.current_task()
+            loop = asyncio.get_running_loop()
+            later = [pool.submit(asyncio.sleep, 0) for _ in range(3)]
+            await asyncio.sleep(0)          # the loop makes their tasks now, and they begin in the next round
+            for task in asyncio.all_tasks(loop) - {me}:
+                task.cancel()
+            return later
+        pool = self.start(TaskWorker, mode="asyncio")
+        later = pool.submit(cancel_all).result(SAFETY)
+        self.assertEqual(concurry.wait(later, SAFETY).not_done, set())
+
+    def test_a_submitter_whose_call_is_cancelled_as_it_lies_down(self):
+        pool = self.start(TaskWorker, mode="thread", max_queued_tasks=1)
+        started, go = threading.Event(), threading.Event()
+        self.addCleanup(go.set)
+        pool.submit(lambda: (started.set(), go.wait(SAFETY)))
+        started.wait(SAFETY)
+        inner, held_lock = pool._pool, concurry._held_lock
+
+        def cancelled_here():               # as another thread would, after it has looked for a gate
+            call = next(reversed(inner.calls))
+            lock = held_lock()
+            future = call.future
+            future.__dict__.pop("_call")
+            inner.leave(call)
+            return lock
+        with unittest.mock.patch.object(concurry, "_held_lock", cancelled_here):
+            future = pool.submit(abs, -1)
+        self.assertIs(future.done(), False)         # it came back: that is what counts
+        go.set()
+
+    def test_callbacks_are_taken_back_from_foreign_futures(self):
+        foreign = concurrent.futures.Future()
+        pool = self.start(TaskWorker, mode="thread")
+        for _ in range(10):
+            concurry.wait([foreign], timeout=0)
+            self.assertRaises(TimeoutError if sys.version_info >= (3, 11) else Exception, gather, [foreign], timeout=0)
+            pool.submit(abs, foreign).cancel()
+        self.assertEqual(foreign._done_callbacks, [])
+
+    def test_answers_to_no_call_end_that_worker_only(self):
+        def answer_twice():
+            import gc
+            import pickle
+            import socket
+            import sys
+            message = sys.modules["concurry"]._message
+            for each in gc.get_objects():
+                if type(each) is socket.socket and each.fileno() >= 0:
+                    try:
+                        each.sendall(b"".join(message(8, (pickle.dumps(1), []))) * 2)
+                    except OSError:
+                        pass
+        with self.log_of(level="ERROR") as logs:
+            bad = self.start(TaskWorker, mode="process")
+            good = self.start(TaskWorker, mode="process")
+            bad.submit(answer_twice).exception(SAFETY)
+            self.assertEqual(bad.submit(abs, -2).result(SAFETY), 2)
+            self.assertEqual(good.submit(abs, -3).result(SAFETY), 3)
+        self.assertIn("cannot be understood", logs.output[0])
+
+    def test_fork_in_a_callback_on_the_reader(self):
+        ended = run_script("""
+            import concurry, os, threading, warnings
+            warnings.simplefilter("ignore")
+            over = threading.Event()
+            reader, writer = os.pipe()
+            def fork(future):
+                pid = os.fork()
+                if not pid:
+                    try:
+                        with concurry.Executor("process", 1) as pool:
+                            os.write(writer, b"%d" % pool.submit(abs, -6).result())
+                    finally:
+                        os._exit(0)
+                os.waitpid(pid, 0)
+                over.set()
+            with concurry.Executor("process", 1) as pool:
+                gate = pool.submit(abs, 1)
+                gate.add_done_callback(fork)
+                over.wait()
+                os.close(writer)
+                print(os.read(reader, 10))
+        """)
+        self.assertEqual(ended.stdout, "b'6'\n")
+
+
+class MessageTests(CleanTestCase):
+    def test_misuse_is_told(self):
+        future = concurry.BaseFuture()
+        pool = self.start(TaskWorker, mode="sync")
+        for wrong, error, text in (
+                (lambda: concurry.wait(future), TypeError, "a collection of futures is needed"),
+                (lambda: as_completed(future), TypeError, "a collection of futures is needed"),
+                (lambda: concurry.wait([future], timeout="x"), TypeError, "timeout must be a number of seconds"),
+                (lambda: future.result("x"), TypeError, "timeout must be a number of seconds"),
+                (lambda: pool.sbmit, AttributeError, "did you mean 'submit'"),
+                (lambda: concurry.task(mode="thread")(3), TypeError, "@task needs a function, not 3"),
+                (lambda: concurry.worker(mode="x"), ValueError, "choose one of 'sync'"),
+                (lambda: setattr(concurry.global_config, "thraed", 1), TypeError, "'thraed' cannot be set"),
+                (lambda: delattr(pool, "_pool"), AttributeError, "cannot be deleted")):
+            with self.subTest(text):
+                self.assertRaisesRegex(error, text, wrong)
+
+
 # === The file itself ===
 
 SOURCE = os.path.join(FOLDER, "concurry.py")
