@@ -5504,7 +5504,7 @@ class RaceTests(CleanTestCase):
         self.assertEqual(foreign._done_callbacks, [])
 
     def test_answers_to_no_call_end_that_worker_only(self):
-        def answer_twice():
+        def answer_often():
             import gc
             import pickle
             import socket
@@ -5513,15 +5513,16 @@ class RaceTests(CleanTestCase):
             for each in gc.get_objects():
                 if type(each) is socket.socket and each.fileno() >= 0:
                     try:
-                        each.sendall(b"".join(message(8, (pickle.dumps(1), []))) * 2)
+                        each.sendall(b"".join(message(8, (pickle.dumps(1), []))) * 9)
                     except OSError:
                         pass
         with self.log_of(level="ERROR") as logs:
             bad = self.start(TaskWorker, mode="process")
             good = self.start(TaskWorker, mode="process")
-            bad.submit(answer_twice).exception(SAFETY)
-            self.assertEqual(bad.submit(abs, -2).result(SAFETY), 2)
+            bad.submit(answer_often).exception(SAFETY)
+            bad.submit(abs, -2).exception(SAFETY)           # it may have got one of those answers
             self.assertEqual(good.submit(abs, -3).result(SAFETY), 3)
+            bad.stop()
         self.assertIn("cannot be understood", logs.output[0])
 
     def test_fork_in_a_callback_on_the_reader(self):
