@@ -4905,9 +4905,11 @@ class ProgramExitTests(ProgramCase):
         server = concurry._fork_servers._server
         if "keep" in sys.argv:      # a child made behind Python's back, which keeps every descriptor
             import ctypes
+            parent = os.getpid()
             if not ctypes.PyDLL(None).fork():        # with the lock: another thread may not have it in the child
                 ctypes.CDLL(None).prctl(1, 9)
-                ctypes.CDLL(None).sleep(60)
+                if os.getppid() == parent:          # else it died before it could take this one along
+                    ctypes.CDLL(None).sleep(60)
                 os._exit(0)
         calls = [handle.run(job) for _ in range(size)] if job else []
         print(*pids, *([server.pid] if server else []), flush=True)
