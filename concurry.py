@@ -33,14 +33,16 @@ Python (3.9 or newer) and may be copied into a project, under any name.
 """
 
 __all__ = [
-    "ALL_COMPLETED", "BaseFuture", "ExecutionMode", "Executor", "FIRST_COMPLETED", "FIRST_EXCEPTION",
-    "LoadBalancingAlgorithm", "RemoteError", "ReturnWhen", "TaskWorker", "Worker", "WorkerDiedError",
-    "__version__", "as_completed", "async_gather", "async_wait", "gather", "global_config", "task",
-    "wait", "worker", "wrap_future",
+    "ALL_COMPLETED", "BaseFuture", "CallLimit", "ExecutionMode", "Executor", "FIRST_COMPLETED",
+    "FIRST_EXCEPTION", "Limit", "LimitPool", "LimitSet", "LoadBalancingAlgorithm", "RateLimit",
+    "RateLimitAlgorithm", "RateWindow", "RemoteError", "ResourceLimit", "ReturnWhen", "TaskWorker", "Worker",
+    "WorkerDiedError", "__version__", "as_completed", "async_gather", "async_wait", "gather",
+    "global_config", "task", "wait", "worker", "wrap_future",
 ]
 __version__ = "0.1.0"
 
 import atexit
+import bisect
 import builtins
 import collections.abc
 import concurrent.futures
@@ -50,6 +52,7 @@ import functools
 import heapq
 import itertools
 import logging
+import math
 import os
 import queue
 import struct
@@ -110,6 +113,30 @@ class LoadBalancingAlgorithm(_Choice):
     LeastActiveLoad = "least_active", "active", "least_active_load"
     LeastTotalLoad = "least_total", "total", "least_total_load"
     Random = "random", "rand"
+
+
+class RateLimitAlgorithm(_Choice):
+    """How a rate limit counts; what each promises stands in `RateLimit`."""
+
+    SlidingWindow = "sliding_window", "sliding"
+    FixedWindow = "fixed_window", "fixed"
+    TokenBucket = "token_bucket", "token"
+    LeakyBucket = "leaky_bucket", "leaky"
+    GCRA = ("gcra",)
+
+
+class RateWindow(_Choice):
+    """A window by its name: "minute", "per_minute", `RateWindow.Minute`; `.seconds` is its length."""
+
+    Second = "second", "per_second", "seconds"
+    Minute = "minute", "per_minute", "minutes"
+    Hour = "hour", "per_hour", "hours"
+    Day = "day", "per_day", "days"
+    Week = "week", "per_week", "weeks"
+
+    @property
+    def seconds(self):
+        return {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}[self.value]
 
 
 class ReturnWhen(_Choice):
@@ -212,6 +239,7 @@ _OPTIONS = {
     "on_demand": (_flag, "true or false"),
     "max_queued_tasks": _whole(1),
     "unwrap_futures": (_flag, "true or false"),
+    "limits": (lambda value: _read_limits(value), "a LimitSet, a LimitPool, or a list of limits or of LimitSets"),
     "mp_context": _choice(_StartMethod),
     "on_demand_linger": (_seconds, "a number of seconds from 0"),
 }
@@ -266,7 +294,7 @@ class _Config:
             mode=None, blocking=False, max_workers=1, load_balancing=LoadBalancingAlgorithm.RoundRobin,
             load_balancing_on_demand=LoadBalancingAlgorithm.Random, on_demand=False,
             task_decorator_on_demand=True, on_demand_linger=1.0, max_queued_tasks=None,
-            unwrap_futures=True, stop_timeout=30.0,
+            unwrap_futures=True, limits=None, stop_timeout=30.0,
             mp_context=_StartMethod.Forkserver if hasattr(os, "fork") else _StartMethod.Spawn)
         self.sync = _Settings()
         self.asyncio = _Settings()
@@ -343,8 +371,10 @@ class _Here(threading.local):
     callbacks = 0               # done-callbacks being run, one inside the other
     failing = None              # (future, kind, value) to be settled by the one who settles now
     sync_calls = ()             # calls that this thread carries out because it made them
-    building = None             # the class whose constructor the next `__new__` belongs to
+    building = None             # the recipe whose object the next `__new__` makes
+    made = None                 # the id of that object
     recipe = None               # in the fork method: how a worker finds what its parent had in hand
+    kept = None                 # by token: limit sets that have to live on because they were pickled
     passed = None               # descriptors that go along with what this thread pickles
     is_loading = False          # a worker process loads what its parent sent
     reader = None               # on the reader's thread: the reader
@@ -744,39 +774,22 @@ def _has_no_result(future):
     return _outcome_of(future)[0] is not _RESULT
 
 
-class _Watch:
-    """Wait for some of many futures.
+class _Bell:
+    """Wake one sleeper, a thread or a coroutine; from any thread. A ring that nobody hears yet is not lost."""
 
-    Each tells the watch once when it is done; nothing is looked at again and again, so n futures
-    cost O(n). `finished` has them in the order in which they ended.
-    """
-
-    def __init__(self, futures, enough=1, until=None, then=None):
-        self.finished = collections.deque()
-        self.until = until                  # a predicate: one such future is enough
-        self.missing = itertools.count(enough - 1, -1)
+    def __init__(self):
         self.lock = _held_lock()            # while there is nothing to wake for
         self.wake_loop = None
-        self.then = then                    # called once, by the future that is enough
-        self.futures = futures
-        for future in futures:
-            _when_done(future, self.tell)
-
-    def tell(self, future):
-        self.finished.append(future)
-        # Counted and compared in one step: two threads may be here at once.
-        if next(self.missing) <= 0 or (self.until is not None and self.until(future)):
-            self.wake()
 
     def wake(self):
+        """Ring; return False if it had been rung already."""
         try:
             self.lock.release()
         except RuntimeError:                # it is awake
-            return
-        if self.then is not None:
-            self.then()
+            return False
         if self.wake_loop is not None:
             self.wake_loop()
+        return True
 
     def sleep(self, timeout):
         """Wait until woken, at most `timeout` seconds."""
@@ -792,6 +805,34 @@ class _Watch:
             await asyncio.wait([woken], timeout=timeout)
             self.lock.acquire(False)
         self.wake_loop = None
+
+
+class _Watch(_Bell):
+    """Wait for some of many futures.
+
+    Each tells the watch once when it is done; nothing is looked at again and again, so n futures
+    cost O(n). `finished` has them in the order in which they ended.
+    """
+
+    def __init__(self, futures, enough=1, until=None, then=None):
+        super().__init__()
+        self.finished = collections.deque()
+        self.until = until                  # a predicate: one such future is enough
+        self.missing = itertools.count(enough - 1, -1)
+        self.then = then                    # called once, by the future that is enough
+        self.futures = futures
+        for future in futures:
+            _when_done(future, self.tell)
+
+    def tell(self, future):
+        self.finished.append(future)
+        # Counted and compared in one step: two threads may be here at once.
+        if next(self.missing) <= 0 or (self.until is not None and self.until(future)):
+            self.wake()
+
+    def wake(self):
+        if super().wake() and self.then is not None:
+            self.then()
 
     def leave(self):
         """Be forgotten by the futures that are not done."""
@@ -1136,18 +1177,979 @@ class _Nested:
         return new.get(id(self.root), self.root)
 
 
+# === Rate arithmetic ===
+#
+# Pure functions of (amount, now): nothing here waits or reads a clock. Times are whole
+# nanoseconds of a clock that never runs back, windows too; with whole amounts all sums are exact
+# for ever. Fractions are floats: what exceeds a capacity by their rounding alone is let through.
+#
+# An amount counts from when it was granted. What is given back was never used: afterwards
+# everything is as if less had been asked for, except for what has been granted meanwhile.
+
+_NEVER = math.inf               # a delay: until something is given back
+
+
+class _Rate:
+    """An amount per window. One of these is the state of one limit."""
+
+    granted = 0                     # all that was ever taken
+
+    def __init__(self, capacity, window):
+        self.capacity = capacity
+        self.window = window                # nanoseconds
+        self.slack = capacity * 1e-12
+
+    def is_rounding(self, excess):
+        """Tell whether an amount beyond the capacity comes from the rounding of fractions alone."""
+        return type(excess) is float and excess <= self.slack
+
+    def delay(self, n, now):
+        """Return 0 if n more may be used now, else after how many nanoseconds that may be."""
+
+    def take(self, n, now):
+        """Count n as used, be there room or not; return what `give` and `close` know this grant by.
+
+        To be called after `delay`, with the same `now`.
+        """
+
+    def give(self, grant, n, now):
+        """Take n of a grant back that were not used after all."""
+
+    def close(self, grant):
+        """Be told that nothing of this grant will be given back any more."""
+
+    def used(self, now):
+        """Return how much counts as used."""
+
+    def room(self, now):
+        """Return how much could be taken now."""
+        return min(self.capacity, max(0, self.capacity - self.used(now)))
+
+
+class _SlidingWindow(_Rate):
+    """Remember every grant for one window; the sum of those never exceeds the capacity.
+
+    Promise: at most the capacity in any window, wherever it begins; the burst is the capacity.
+    Source: known as the sliding window log. Memory: one entry a grant of the last window.
+    """
+
+    def __init__(self, capacity, window):
+        super().__init__(capacity, window)
+        self.clear()
+
+    def clear(self):
+        self.log = []           # [sum of all amounts so far, time, amount], a grant each, in order
+        self.first = 0          # of those that still count
+        self.total = 0          # of those
+
+    def forget(self, now):
+        """Drop the grants that have left the window."""
+        log, first, end = self.log, self.first, now - self.window
+        if not log or log[first][1] > end:
+            return
+        while first < len(log) and log[first][1] <= end:
+            self.total -= log[first][2]
+            first += 1
+        self.first = first
+        if first == len(log):
+            self.clear()
+        elif first > 64 and first * 2 > len(log):
+            self.shorten()
+
+    def shorten(self):
+        """Give memory back, and sum up anew: what rounding has done to the sums does not pile up."""
+        self.log, self.first = self.log[self.first:], 0
+        for entry, total in zip(self.log, itertools.accumulate(entry[2] for entry in self.log)):
+            entry[0] = total
+        self.total = math.fsum(entry[2] for entry in self.log) if type(total) is float else total
+
+    def delay(self, n, now):
+        self.forget(now)
+        excess = self.total + n - self.capacity
+        if excess <= 0 or self.is_rounding(excess):
+            return 0
+        log, first = self.log, self.first
+        # The grant with whose end there is room. After a refund the sums are too large, and this
+        # may be too early: then it is asked again.
+        gone = log[first][0] - log[first][2]
+        needed = gone + excess - (self.slack if type(excess) is float else 0)
+        index = bisect.bisect_left(log, [needed], first, len(log) - 1)
+        return log[index][1] + self.window - now
+
+    def take(self, n, now):
+        log = self.log
+        entry = [log[-1][0] + n if log else n, now, n]
+        log.append(entry)
+        self.total += n
+        self.granted += n
+        return entry
+
+    def give(self, entry, n, now):
+        self.forget(now)
+        if entry[1] > now - self.window:
+            entry[2] -= n
+            self.total -= n
+
+    def used(self, now):
+        self.forget(now)
+        return self.total
+
+
+class _FixedWindow(_Rate):
+    """Count in windows that follow each other from the first use on; each begins at zero.
+
+    Promise: at most the capacity in each of these windows, so up to twice the capacity in a window
+    that lies across the border of two. Source: folklore, as the fixed window counter.
+    """
+
+    def __init__(self, capacity, window):
+        super().__init__(capacity, window)
+        self.began, self.total = None, 0
+
+    def turn(self, now):
+        if self.began is None:
+            self.began = now
+        elif now - self.began >= self.window:
+            self.began += (now - self.began) // self.window * self.window
+            self.total = 0
+
+    def delay(self, n, now):
+        self.turn(now)
+        excess = self.total + n - self.capacity
+        if excess <= 0 or self.is_rounding(excess):
+            return 0
+        return self.began + self.window - now
+
+    def take(self, n, now):
+        self.total += n
+        self.granted += n
+        return self.began
+
+    def give(self, began, n, now):
+        self.turn(now)
+        if began == self.began:
+            self.total -= n
+
+    def used(self, now):
+        self.turn(now)
+        return self.total
+
+
+class _TokenBucket(_Rate):
+    """Keep a debt that every grant adds to and that is paid off at the rate; it never exceeds the capacity.
+
+    Promise: in a span of t windows at most (1 + t) times the capacity, so up to twice the capacity
+    in one window; the burst is the capacity. Source: the token bucket of RFC 2215, section 3.6;
+    the debt is what the bucket lacks of being full.
+
+    The debt is a stack of parts, one a grant, and the newest is paid first: what lies above a part is the
+    debt that there would be without this grant and all before it. So what is given back is taken
+    off that grant's part and those below, as far as they go; the rest has been granted since. A grant whose
+    part is used up joins the part below; when all grants of a part are closed it joins the one above.
+    """
+
+    def __init__(self, capacity, window):
+        super().__init__(capacity, window)
+        self.debt = 0                   # in amounts times nanoseconds, for whole numbers to stay whole
+        self.number = 0                 # of the latest grant
+        self.parts = [[0, 0, 0]]        # [its newest grant, debt, how many may give back]; below all an empty one
+        self.paid_until = 0
+        self.slack *= window
+
+    def pay(self, now):
+        paid = self.capacity * (now - self.paid_until)
+        self.paid_until = now
+        if paid >= self.debt:
+            self.debt = 0
+            self.parts = [[self.number, 0, 0]]
+            return
+        self.debt -= paid
+        while len(self.parts) > 1:
+            part = self.parts[-1]
+            if part[1] > paid:
+                part[1] -= paid
+                return
+            paid -= part[1]
+            self.join_below(len(self.parts) - 1)
+
+    def join_below(self, index):
+        number, _, count = self.parts.pop(index)
+        self.parts[index - 1][0] = number
+        self.parts[index - 1][2] += count
+
+    def excess(self, n):
+        """Return how much of the debt is in the way of n more."""
+        return self.debt + (n - self.capacity) * self.window
+
+    def delay(self, n, now):
+        self.pay(now)
+        excess = self.excess(n)
+        if excess <= 0 or self.is_rounding(excess):
+            return 0
+        return max(1, -int(-excess // self.capacity))
+
+    def take(self, n, now):
+        self.number += 1
+        debt, top = n * self.window, self.parts[-1]
+        if top[2] or len(self.parts) == 1:
+            self.parts.append([self.number, debt, 1])
+        else:                           # nobody will give back of what is on top
+            top[:] = self.number, top[1] + debt, 1
+        self.debt += debt
+        self.granted += n
+        return self.number
+
+    def give(self, number, n, now):
+        self.pay(now)
+        left, parts = n * self.window, self.parts
+        index = bisect.bisect_left(parts, [number])
+        while left > 0 and index > 0:
+            part = parts[index]
+            back = min(left, part[1])
+            part[1] -= back
+            self.debt -= back
+            left -= back
+            if part[1] <= 0:
+                self.join_below(index)
+            index -= 1
+
+    def close(self, number):
+        parts = self.parts
+        index = bisect.bisect_left(parts, [number])
+        parts[index][2] -= 1
+        if not parts[index][2] and 0 < index < len(parts) - 1:
+            parts[index + 1][1] += parts.pop(index)[1]
+
+    def used(self, now):
+        self.pay(now)
+        return self.debt / self.window
+
+
+class _GCRA(_TokenBucket):
+    """Do what the token bucket does, which is the same computed in time.
+
+    The generic cell rate algorithm keeps when the debt will be paid off, its theoretical arrival
+    time; with a tolerance of one window it grants exactly what the bucket grants. Promise and
+    burst are the token bucket's. Source: ITU-T I.371; ATM Forum, Traffic Management 4.0.
+    """
+
+
+class _LeakyBucket(_TokenBucket):
+    """Grant one after the other, at the rate: the next when the one before has been paid off.
+
+    Promise: in a span of t windows at most t times the capacity, and one request more, and one
+    hundredth of the capacity. There are no bursts; the hundredth makes up for waking late, by
+    which a rate of 1,000 a second would lose some percent. Source: J. Turner, "New Directions in
+    Communications", IEEE Communications Magazine, October 1986; used as a queue.
+    """
+
+    def __init__(self, capacity, window):
+        super().__init__(capacity, window)
+        whole = capacity * window
+        self.tolerance = whole / 100 if type(whole) is float else whole // 100
+
+    def excess(self, n):
+        return self.debt - self.tolerance
+
+    def room(self, now):
+        return 0 if self.delay(0, now) else self.capacity
+
+
+class _Endless(_Rate):
+    """An infinite capacity."""
+
+    def delay(self, n, now):
+        return 0
+
+    def take(self, n, now):
+        self.granted += n
+
+    def used(self, now):
+        return 0
+
+
+class _Slots(_Rate):
+    """A number of things that are used and given back."""
+
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.total = 0
+
+    def delay(self, n, now):
+        return 0 if self.total + n <= self.capacity else _NEVER
+
+    def take(self, n, now):
+        self.total += n
+        self.granted += n
+        return n
+
+    def close(self, n):
+        self.total -= n
+
+    def used(self, now):
+        return self.total
+
+
+_RATES = {
+    RateLimitAlgorithm.SlidingWindow: _SlidingWindow,
+    RateLimitAlgorithm.FixedWindow: _FixedWindow,
+    RateLimitAlgorithm.TokenBucket: _TokenBucket,
+    RateLimitAlgorithm.LeakyBucket: _LeakyBucket,
+    RateLimitAlgorithm.GCRA: _GCRA,
+}
+
+
 # === Limits ===
 
-class _Unlimited:
-    """What `self.limits` is for a worker without limits: everything is granted at once."""
+def _number(value, what):
+    """Return the value as an int or a float."""
+    if type(value) is int:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what} must be a number, not {value!r}")
+    return value.__index__() if hasattr(value, "__index__") else float(value)
 
-    config = types.MappingProxyType({})
-    successful = True
+
+def _positive(value, what, expected="a number above 0"):
+    number = _number(value, what)
+    if not 0 < number <= 1e300 and number != math.inf:      # NaN is neither
+        raise ValueError(f"{what}={value!r} is not possible: {expected}")
+    return number
+
+
+class Limit:
+    """The base of descriptions of what is limited: RateLimit, CallLimit, ResourceLimit.
+
+    `key` names it in `acquire`, `capacity` is how much there is. A description has no state and
+    cannot be changed; a LimitSet keeps the state.
+    """
+
+    is_automatic = True             # `acquire` takes 1 of it when it is not asked for
+    is_whole = True
+    free_of_update = math.inf       # of more than so many it has to be told how many were used
+
+    def __init__(self, key, capacity):
+        if not isinstance(key, str):
+            raise TypeError(f"the key of a limit must be a string, not {key!r}")
+        self.__dict__.update(key=key, capacity=_positive(capacity, "capacity"))
+
+    def _amount(self, n):
+        """Return an amount to acquire; raise ValueError or TypeError if it never can be."""
+        if type(n) is int and 0 <= n <= self.capacity:
+            return n
+        n = _number(n, f"the amount of {self.key!r}")
+        if not 0 <= n < math.inf or self.is_whole and n != int(n):
+            kind = "whole" if self.is_whole else "finite"
+            raise ValueError(f"cannot acquire {n} of {self.key!r}: a {kind} number from 0 is needed")
+        if n > self.capacity:
+            raise ValueError(f"cannot acquire {n} of {self.key!r}: its capacity is {self.capacity}")
+        return n
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name!r} cannot be set: a limit is a description, and may be in use")
+
+    def __reduce__(self):
+        return functools.partial(type(self), **vars(self)), ()
+
+    def __eq__(self, other):
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self):
+        return hash((type(self), *vars(self).values()))
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+class RateLimit(Limit):
+    """So much of something in a window: tokens, bytes, calls.
+
+    RateLimit("tokens", 10_000, per="minute")
+
+    capacity: a number above 0, fractions and infinity included.
+    window_seconds, window, per: one of them; seconds, or a RateWindow or its name ("minute", "per_hour").
+    algorithm: what is promised, and the burst that it allows:
+        "sliding_window": at most the capacity in any window, wherever it begins. The default.
+        "fixed_window": at most the capacity in windows that follow each other; up to twice the capacity
+            across a border.
+        "token_bucket", "gcra": the capacity at once, then at the rate; up to twice the capacity in one window.
+        "leaky_bucket": one after the other at the rate, without bursts; a request for the whole
+            capacity is followed by a window of silence.
+
+    It is acquired only when asked for, in any amount up to the capacity, and what was really used
+    has to be told by `update`. Raises ValueError for an impossible number, none or two windows, an
+    unknown name; TypeError for what is no number.
+    """
+
+    is_automatic = False
+    is_whole = False
+    free_of_update = 0
+
+    def __init__(self, key, capacity, window_seconds=None, algorithm=RateLimitAlgorithm.SlidingWindow, *,
+                 window=None, per=None):
+        super().__init__(key, capacity)
+        given = [span for span in (window_seconds, window, per) if span is not None]
+        if len(given) != 1:
+            raise ValueError("a rate needs one window, as in window_seconds=60 or per='minute'" if not given else
+                             "window_seconds, window and per are one argument: give only one of them")
+        span = RateWindow(given[0]).seconds if isinstance(given[0], str) else given[0]
+        span = _positive(span, "window_seconds", "a number of seconds above 0")
+        if span == math.inf:
+            raise ValueError("window_seconds=inf is not possible: a number of seconds above 0")
+        self.__dict__.update(window_seconds=span, algorithm=RateLimitAlgorithm(algorithm))
+
+    def _state(self):
+        if self.capacity == math.inf:
+            return _Endless(self.capacity, 0)
+        return _RATES[self.algorithm](self.capacity, math.ceil(self.window_seconds * 1_000_000_000))
+
+
+class CallLimit(RateLimit):
+    """So many calls in a window: a RateLimit with the key "call_count", of which `acquire` takes 1 by itself.
+
+    CallLimit(100, per="minute")
+
+    Arguments and errors are those of RateLimit; the capacity is at least 1, amounts are whole. With
+    another `key` several call limits may stand in one set. Only when more than 1 was acquired has
+    `update` to tell what was used.
+    """
+
+    is_automatic = True
+    is_whole = True
+    free_of_update = 1
+
+    def __init__(self, capacity, window_seconds=None, algorithm=RateLimitAlgorithm.SlidingWindow, *,
+                 window=None, per=None, key="call_count"):
+        super().__init__(key, capacity, window_seconds, algorithm, window=window, per=per)
+        if self.capacity < 1:
+            raise ValueError(f"capacity={capacity!r} is not possible for calls: a number from 1; "
+                             "take a longer window instead")
+
+
+class ResourceLimit(Limit):
+    """So many of something at the same time, like a semaphore: connections, licences, slots.
+
+    capacity: a whole number from 1. `acquire` takes 1 by itself, and the end of its block gives back.
+    """
+
+    def __init__(self, key, capacity):
+        super().__init__(key, capacity)
+        if self.capacity == math.inf or self.capacity != int(self.capacity):
+            raise ValueError(f"capacity={capacity!r} is not possible for a resource: a whole number from 1")
+
+    def _state(self):
+        return _Slots(self.capacity)
+
+
+class _Ticket:
+    """What somebody wants of a set's limits. Its home makes it so, whenever it is told to look at it."""
+
+    bell = None                 # rung when it is granted or refused, or `due` has changed
+    may_wait = True
+    is_granted = is_refused = False
+    is_over = False             # to be given back, or not wanted any more
+    is_closed = False           # and that is done
+    due = math.inf              # when it may be granted, if it is the first in line
+    usage = None                # amounts really used, by key, as far as they have been told
+    counted = None              # the `usage` that has been taken into account
+    number = answer = None      # on its way to a home that is away, and what came back beside the verdict
+    parts = None                # what counts as used because of it, by key: [grant, amount], and again for what was
+                                # used beyond
+
+    def __init__(self, wants):
+        self.wants = wants      # amounts, by key
+
+    def withdraw(self):
+        """Say that it is not wanted; what has been granted was not used."""
+        self.usage = dict.fromkeys(self.wants, 0)
+        self.is_over = True
+
+    def ring(self):
+        if self.bell is not None:
+            self.bell.wake()
+
+
+class _Desk:
+    """The home of a set's limits, where who asks is served in order of arrival.
+
+    Whoever has something for it does the work that there is, under its lock; nobody waits there for
+    anything else. A signal handler or a finalizer that comes in the middle leaves its ticket to the code
+    that it interrupts. A signal handler may raise in the middle, too: what is `held` decides then, and
+    the rest is made to agree with it.
+    """
+
+    is_far = False
+
+    def __init__(self, limits, clock=time.monotonic_ns):
+        self.states = {limit.key: limit._state() for limit in limits}
+        self.clock = clock
+        self.line = collections.OrderedDict()   # tickets that wait
+        self.held = {}                          # tickets that were granted and are not over
+        self.todo = collections.deque()         # tickets that others have left here
+        self.lock = threading.RLock()
+        self.is_busy = False
+
+    def attend(self, ticket):
+        """Do what the ticket says: give, take back, correct, strike off. From any thread, at any time."""
+        with self.lock:
+            if self.is_busy and self._is_within():
+                self.todo.append(ticket)
+                return
+            try:
+                self.is_busy = True
+                now = self.clock()
+                self._make_so(ticket, now)
+                if self.line or self.todo:
+                    self._work_off(now)
+            except BaseException:
+                self._recover(ticket)
+                raise
+            finally:
+                self.is_busy = False
+
+    def _is_within(self):
+        """Tell whether `attend` is being carried out further up this stack: it may have been left by an exception."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code is _Desk.attend.__code__ and frame.f_locals["self"] is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _make_so(self, ticket, now):
+        if ticket.is_granted:
+            if ticket.usage is not ticket.counted:
+                self._correct(ticket, now)
+            if ticket.is_over and self.held.pop(ticket, self) is None:
+                for key, parts in ticket.parts.items():
+                    for grant in parts[::2]:
+                        self.states[key].close(grant)
+                ticket.is_closed = True
+        elif ticket.is_over:
+            self.line.pop(ticket, None)
+            ticket.is_closed = True
+        elif self.line or self._grant(ticket, now):
+            if ticket.may_wait:
+                self.line.setdefault(ticket)
+            else:
+                ticket.is_refused = True
+                self._ring(ticket)
+
+    def _grant(self, ticket, now):
+        """Take all that the ticket wants, and return 0; or nothing, and return after how many nanoseconds to ask."""
+        states, wait = self.states, 0
+        for key, n in ticket.wants.items():
+            delay = states[key].delay(n, now)
+            if delay > wait:
+                wait = delay
+        if wait:
+            return wait
+        ticket.parts = parts = {}
+        for key, n in ticket.wants.items():
+            parts[key] = [states[key].take(n, now), n]
+        self.held[ticket] = None
+        ticket.is_granted = True
+        if ticket.bell is not None:
+            self._ring(ticket)
+        return 0
+
+    def _ring(self, ticket):
+        try:
+            if ticket.bell is not None:
+                ticket.bell.wake()
+        except RuntimeError:            # its event loop is closed: nobody will come for it
+            ticket.withdraw()
+            self.todo.append(ticket)
+
+    def _work_off(self, now):
+        """Do what others have left, then grant from the head of the line on; the first that has to wait is told."""
+        while self.todo or self.line:
+            if self.todo:
+                self._make_so(self.todo[0], now)
+                self.todo.popleft()
+                continue
+            ticket = next(iter(self.line))
+            wait = 0 if ticket.is_granted else self._grant(ticket, now)
+            if wait:
+                if ticket.due != now + wait:
+                    ticket.due = now + wait
+                    self._ring(ticket)
+                return
+            self.line.pop(ticket, None)
+
+    def _correct(self, ticket, now):
+        """Count what was really used instead of what was acquired."""
+        for key, n in ticket.usage.items():
+            state, parts = self.states[key], ticket.parts.setdefault(key, [])
+            more = n - sum(parts[1::2])
+            if more > 0:
+                state.delay(0, now)
+                parts += state.take(more, now), more
+            for index in range(len(parts) - 1, 0, -2) if more < 0 else ():
+                back = min(parts[index], -more)
+                parts[index] -= back    # first: better lost than given back twice
+                state.give(parts[index - 1], back, now)
+                more += back
+        ticket.counted = ticket.usage
+
+    def _recover(self, ticket):
+        """Go on after an exception of a signal handler, which may have come in the middle of anything."""
+        for state in self.states.values():
+            if type(state) is _Slots:
+                state.total = 0
+        for held in self.held:
+            held.is_granted = True
+            for key, n in held.wants.items():
+                if type(self.states[key]) is _Slots:
+                    self.states[key].total += n
+        self.todo.append(ticket)
+        self._work_off(self.clock())
+
+    def seconds_until(self, due):
+        return (due - self.clock()) / 1_000_000_000
+
+    def stats(self):
+        with self.lock:
+            now, waiting = self.clock(), collections.Counter(key for ticket in self.line for key in ticket.wants)
+            return {key: {"capacity": state.capacity, "in_use": state.used(now), "available": state.room(now),
+                          "waiting": waiting[key], "granted": state.granted}
+                    for key, state in self.states.items()}
+
+
+def _would_stall():
+    """Tell whether waiting in this thread would stall an event loop that is not a worker's private one."""
+    asyncio = sys.modules.get("asyncio")
+    loop = asyncio and asyncio._get_running_loop()
+    return loop is not None and loop not in _private_loops
+
+
+def _drop(home, ticket):
+    """Have a request forgotten: nobody will use what it was granted."""
+    ticket.withdraw()
+    home.attend(ticket)
+
+
+_STALLS = ("acquire() would have to wait here, and stall the event loop that it is called on: "
+           "write `async with limits.async_acquire(...)`")
+_sets = weakref.WeakValueDictionary()       # by token: what processes know a set by
+
+
+class LimitSet:
+    """Limits that are acquired together, all or nothing, shared by everyone the set is given to.
+
+    >>> limits = LimitSet([CallLimit(100, per="minute"), RateLimit("tokens", 10_000, per="minute")])
+    >>> with limits.acquire({"tokens": 500}) as acquired:       # and one call
+    ...     acquired.update({"tokens": 312})                    # what was really used
+    >>> limits.get_stats()["tokens"]["in_use"]
+    312
+
+    Threads, event loops and worker processes may use one set at the same time: it lives where it
+    was made, and processes that it was given to ask there. Who has to wait is served in order of
+    arrival, however much he wants; nothing polls. A worker process that dies gives back what it held.
+
+    limits: Limit objects with different keys; without any, everything is granted at once.
+    config: a mapping for whoever acquires, as `.config`: which account this is, say.
+    shared, mode: accepted, and without effect.
+
+    `limits[key]` is the Limit. Raises TypeError for what is no Limit, ValueError for a key that is there twice.
+    """
+
+    def __init__(self, limits=(), shared=False, mode=None, config=None):
+        limits = (limits,) if isinstance(limits, Limit) else tuple(limits)
+        for limit in limits:
+            if not isinstance(limit, Limit):
+                raise TypeError(f"a LimitSet is made of limits, not {limit!r}")
+        keys = [limit.key for limit in limits]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"two limits have the key {twice!r}: give one of them another key")
+        self.config = types.MappingProxyType(dict(config or {}))
+        self._limits = dict(zip(keys, limits))
+        self._automatic = {limit.key: 1 for limit in limits if limit.is_automatic}
+        self._free = _Free(self.config)
+        self._warned = set()
+        self._token = os.urandom(12)
+        self._home = _Desk(limits)
+        _sets[self._token] = self
 
     def acquire(self, requested=None, timeout=None):
+        """Take some of each limit, all at once; wait until that is possible. Use it with `with`.
+
+        requested: a dict of amounts by key. What it leaves out is acquired with 1 if it is a call or
+            resource limit, and not at all if it is a rate limit. A key that the set does not know is
+            ignored, with one warning.
+        timeout: seconds to wait at most, then TimeoutError is raised and nothing was taken; None: no end.
+
+        Raises ValueError at once for more than a capacity; RuntimeError where waiting would stall an
+        event loop: there `async_acquire` waits.
+        """
+        if not self._limits:
+            return self._free
+        if timeout is not None:
+            _number_of_seconds(timeout)
+        wants, owed = self._plan(requested)
+        home, ticket = self._home, _Ticket(wants)
+        if home.is_far and _would_stall():
+            acquired = self._try(home, ticket, owed)
+            if not acquired.successful:
+                raise RuntimeError(_STALLS)
+            return acquired
+        try:
+            home.attend(ticket)
+            if not ticket.is_granted:
+                self._wait(home, ticket, timeout)
+            return _Held(self, home, ticket, owed)
+        except BaseException:
+            _drop(home, ticket)
+            raise
+
+    def try_acquire(self, requested=None):
+        """Do what `acquire` does without waiting: what it returns tells by `.successful` whether all was there."""
+        if not self._limits:
+            return self._free
+        wants, owed = self._plan(requested)
+        return self._try(self._home, _Ticket(wants), owed)
+
+    def async_acquire(self, requested=None, timeout=None):
+        """Do what `acquire` does without blocking the event loop: use it with `async with`, or await it.
+
+        A task that is cancelled while it waits has taken nothing.
+        """
+        if not self._limits:
+            return self._free
+        return _AsyncAcquire(functools.partial(self._acquire_async, *self._plan(requested), timeout))
+
+    def get_stats(self):
+        """Return by key a dict of what the limit is, and `in_use`, `available`, `waiting` requests, amount `granted`.
+
+        For a rate `in_use` is what counts against the window now.
+        """
+        stats = self._home.stats()
+        return {key: {**vars(limit), **stats[key]} for key, limit in self._limits.items()}
+
+    def _plan(self, requested):
+        """Return the amounts to acquire, as pairs, and the keys of which the usage has to be told."""
+        if requested is None:
+            return self._automatic, ()
+        if type(requested) is not dict and not isinstance(requested, collections.abc.Mapping):
+            raise TypeError(f"requested must be a dict such as {{'tokens': 100}}, not {requested!r}")
+        wants, owed = self._automatic.copy(), []
+        for key, n in requested.items():
+            limit = self._limits.get(key)
+            if limit is None:
+                self._warn_unknown(key, 4)
+                continue
+            wants[key] = n = limit._amount(n)
+            if n > limit.free_of_update:
+                owed.append(key)
+            if not n:
+                del wants[key]
+        return wants, owed
+
+    def _warn_unknown(self, key, level):
+        if key not in self._warned:
+            self._warned.add(key)
+            import warnings
+            warnings.warn(f"there is no limit {key!r} in {self!r}: it is ignored{_nearest(key, self._limits)}",
+                          stacklevel=level)
+
+    def _try(self, home, ticket, owed):
+        ticket.may_wait = False
+        try:
+            home.attend(ticket)
+            if home.is_far and home.wait_for_verdict(ticket).answer:
+                raise RuntimeError(ticket.answer)
+            if ticket.is_granted:
+                return _Held(self, home, ticket, owed)
+            if not ticket.is_refused:   # not even looked at: a signal handler, in the middle of `attend`
+                _drop(home, ticket)
+            ticket.is_over = True
+            return _Acquisition(self, home, ticket, owed)
+        except BaseException:
+            _drop(home, ticket)
+            raise
+
+    def _wait(self, home, ticket, timeout):
+        if _would_stall() and (timeout is None or timeout > 0):
+            raise RuntimeError(_STALLS)
+        ticket.bell = _Bell()
+        for seconds in self._steps(home, ticket, timeout):
+            ticket.bell.sleep(seconds)
+
+    async def _acquire_async(self, wants, owed, timeout):
+        home, ticket = self._home, _Ticket(wants)
+        ticket.bell = _Bell()
+        try:
+            home.attend(ticket)
+            for seconds in self._steps(home, ticket, timeout):
+                await ticket.bell.sleep_async(seconds)
+            return _Held(self, home, ticket, owed)
+        except BaseException:
+            _drop(home, ticket)
+            raise
+
+    def _steps(self, home, ticket, timeout):
+        """Yield the seconds to sleep on the bell, None: until it rings, while the ticket is not granted."""
+        deadline = _deadline(timeout)
+        while not ticket.is_granted:
+            left, due = _left(deadline), home.seconds_until(ticket.due)
+            if ticket.is_refused:
+                raise RuntimeError(ticket.answer)
+            if due <= 0:
+                home.attend(ticket)
+            elif left == 0:
+                raise _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
+            else:
+                yield min(due, _NEVER if left is None else left) if left is not None or due < _NEVER else None
+
+    def __getitem__(self, key):
+        return self._limits[key]
+
+    def __contains__(self, key):
+        return key in self._limits
+
+    def __iter__(self):
+        return iter(self._limits)
+
+    def __repr__(self):
+        return f"LimitSet([{', '.join(map(repr, self._limits.values()))}])"
+
+    def __reduce__(self):
+        if self is _UNLIMITED:
+            return _limits_for_worker, (None,)
+        if _here.kept is not None:
+            _here.kept[self._token] = self
+        return _limit_set, (self._token, tuple(self._limits.values()), dict(self.config))
+
+
+class _Acquisition:
+    """What was acquired, until the end of its `with` block; `successful` tells whether it was.
+
+    `config` is the set's. `async with` does as well.
+    """
+
+    __slots__ = "_limits", "_home", "_ticket", "_owed"
+
+    def __init__(self, limits, home, ticket, owed):
+        self._limits, self._home, self._ticket, self._owed = limits, home, ticket, owed
+    @property
+    def successful(self):
+        return self._ticket.is_granted
+
+    @property
+    def config(self):
+        return self._limits.config
+
+    def update(self, usage=None):
+        """Tell what was really used of rate and call limits, by key; None: what was acquired.
+
+        Less is given back at once, more is charged, with a warning. A later call corrects an earlier one.
+        Raises ValueError for a negative amount, RuntimeError after the end of the block.
+        """
+        ticket = self._ticket
+        if ticket.is_over:
+            raise RuntimeError("update() comes too late: this acquisition has ended" if ticket.is_granted else
+                               "nothing was acquired: ask .successful before the limited thing is used")
+        if usage is None:
+            usage = {key: ticket.wants.get(key, 0) for key in self._owed}
+        told, over = dict(ticket.usage or ()), {}
+        for key, n in usage.items():
+            limit = self._limits._limits.get(key)
+            if limit is None:
+                self._limits._warn_unknown(key, 3)
+            elif not 0 <= _number(n, f"the usage of {key!r}") < math.inf:
+                raise ValueError(f"usage {n!r} of {key!r} is not possible: a number from 0")
+            elif isinstance(limit, RateLimit):
+                told[key] = _number(n, key)
+                if told[key] > ticket.wants.get(key, 0):
+                    over[key] = told[key]
+        ticket.usage = told
+        self._home.attend(ticket)
+        if over:
+            import warnings
+            warnings.warn(f"more was used than acquired, and is charged: {over}; acquired were {ticket.wants}",
+                          stacklevel=2)
+
+    def release(self):
+        """Give back what is held; of rates, what was acquired counts as used unless `update` has told."""
+        ticket = self._ticket
+        if not ticket.is_over:
+            ticket.is_over = True
+            self._home.attend(ticket)
+            self.__class__ = _Acquisition
+
+    def __enter__(self):
         return self
 
-    try_acquire = async_acquire = acquire
+    def __exit__(self, kind, error, traceback):
+        ticket = self._ticket
+        if not ticket.is_over:
+            ticket.is_over = True
+            self._home.attend(ticket)
+            self.__class__ = _Acquisition
+            if self._owed and kind is None:
+                self._check_told(ticket.usage or ())
+
+    def _check_told(self, usage):
+        missing = [key for key in self._owed if key not in usage]
+        if missing:
+            raise RuntimeError(f"what was used of {', '.join(map(repr, missing))} was not told, and all that was "
+                               f"acquired counts as used: call update({{{missing[0]!r}: ...}}) within the block")
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, traceback):
+        self.__exit__(kind, error, traceback)
+
+    def __repr__(self):
+        state = "refused" if not self.successful else "ended" if self._ticket.is_over else "held"
+        return f"<acquisition of {self._ticket.wants}: {state}>"
+
+    def __reduce__(self):
+        raise _pickle().PicklingError("an acquisition cannot travel to another process: acquire there")
+
+
+class _Held(_Acquisition):
+    """One that gives back when it is forgotten. Once it has ended it is that no more: a Ctrl-C that comes
+    within a `__del__` is lost.
+    """
+
+    __slots__ = ()
+
+    def __del__(self):
+        ticket = getattr(self, "_ticket", None)
+        if ticket is not None and not ticket.is_closed:
+            ticket.is_over = True
+            self._home.attend(ticket)
+
+
+class _AsyncAcquire:
+    """What `async_acquire` returns: to be awaited, or used with `async with`."""
+
+    def __init__(self, acquire):
+        self._acquire = acquire
+
+    def __await__(self):
+        return self._acquire().__await__()
+
+    async def __aenter__(self):
+        self._acquired = await self._acquire()
+        return self._acquired
+
+    async def __aexit__(self, *exc_info):
+        self._acquired.__exit__(*exc_info)
+
+
+class _Free:
+    """An acquisition of nothing, in all forms: what a set without limits gives."""
+
+    successful = True
+
+    def __init__(self, config):
+        self.config = config
 
     def update(self, usage=None):
         pass
@@ -1171,19 +2173,122 @@ class _Unlimited:
         return self
         yield
 
+
+class LimitPool:
+    """Several sets behind one `acquire`: accounts, endpoints, keys; `.config` tells which it is.
+
+    They take turns, or chance decides; when the one whose turn it is would have to wait, another one that
+    does not is taken, and when all would, the request waits in that one's line. `acquire`, `try_acquire` and
+    `async_acquire` are those of LimitSet; a request goes only to sets that can ever grant it.
+
+    load_balancing: "round_robin" or "random".
+    worker_index: where the round begins. In a pool of worker processes each has a round of its own and
+        begins at its own index, too; threads share one.
+
+    `pool[n]` is the n-th set. Raises TypeError for what is no LimitSet; ValueError for none, and for other algorithms.
+    """
+
+    def __init__(self, limit_sets, load_balancing=LoadBalancingAlgorithm.RoundRobin, worker_index=0):
+        self._sets = tuple(limit_sets)
+        for each in self._sets:
+            if not isinstance(each, LimitSet):
+                raise TypeError(f"a LimitPool is made of LimitSets, not {each!r}")
+        if not self._sets:
+            raise ValueError("a LimitPool needs at least one LimitSet")
+        self.load_balancing = LoadBalancingAlgorithm(load_balancing)
+        if self.load_balancing not in (LoadBalancingAlgorithm.RoundRobin, LoadBalancingAlgorithm.Random):
+            raise ValueError(f"load_balancing={load_balancing!r} is not possible for limits: 'round_robin' or 'random'")
+        self.worker_index = _parse("worker_index", worker_index, {"worker_index": _whole(0, none=False)})
+        self._turns = itertools.count(self.worker_index)
+
+    def acquire(self, requested=None, timeout=None):
+        """Take it from the set whose turn it is, or from another that has it now; see LimitSet.acquire."""
+        sets = self._in_turn(requested)
+        return self._from_any(sets, requested) or sets[0].acquire(requested, timeout)
+
+    def try_acquire(self, requested=None):
+        """Take it from any set that has it now; see LimitSet.try_acquire."""
+        sets = self._in_turn(requested)
+        return self._from_any(sets, requested) or sets[0].try_acquire(requested)
+
+    def async_acquire(self, requested=None, timeout=None):
+        """Do what `acquire` does without blocking the event loop; see LimitSet.async_acquire."""
+        return _AsyncAcquire(functools.partial(self._acquire_async, self._in_turn(requested), requested, timeout))
+
+    async def _acquire_async(self, sets, requested, timeout):
+        return self._from_any(sets, requested) or await sets[0].async_acquire(requested, timeout)
+
+    def get_stats(self):
+        """Return a list: the statistics of each set, see LimitSet.get_stats."""
+        return [each.get_stats() for each in self._sets]
+
+    def _in_turn(self, requested):
+        """Return the sets that can ever grant it, first the one whose turn it is."""
+        if self.load_balancing is LoadBalancingAlgorithm.Random:
+            import random
+            first = random.randrange(len(self._sets))
+        else:
+            first = next(self._turns) % len(self._sets)
+        able = []
+        for each in self._sets[first:] + self._sets[:first]:
+            try:
+                each._plan(requested)
+                able.append(each)
+            except ValueError as error:
+                refusal = error
+        if not able:
+            raise refusal
+        return able
+
+    @staticmethod
+    def _from_any(sets, requested):
+        for each in sets:
+            acquired = each.try_acquire(requested)
+            if acquired.successful:
+                return acquired
+        return None
+
+    def __getitem__(self, index):
+        return self._sets[index]
+
+    def __len__(self):
+        return len(self._sets)
+
     def __repr__(self):
-        return "<no limits>"
+        return f"LimitPool({list(self._sets)!r}, {self.load_balancing.value!r})"
 
     def __reduce__(self):
-        return _unlimited, ()
+        return _limit_pool, (self._sets, self.load_balancing, self.worker_index)
 
 
-_UNLIMITED = _Unlimited()
+def _limit_pool(limit_sets, load_balancing, worker_index):
+    """Load a LimitPool: in a worker process its round begins with the worker."""
+    return LimitPool(limit_sets, load_balancing, worker_index + _worker_index)
 
 
-def _unlimited():
-    return _UNLIMITED
+def _read_limits(value):
+    """Read the option: what is given stays a description until a worker is made."""
+    if value is None or isinstance(value, (LimitSet, LimitPool)):
+        return value
+    limits = (value,) if isinstance(value, Limit) else tuple(value)
+    if limits and isinstance(limits[0], LimitSet):
+        LimitPool(limits)
+    else:
+        LimitSet(limits)
+    return limits
 
+
+def _limits_for_worker(option):
+    """Return the limits that a worker or pool is given: a list makes a set of its own."""
+    if option is None:
+        return _UNLIMITED
+    if isinstance(option, (LimitSet, LimitPool)):
+        return option
+    return LimitPool(option) if option and isinstance(option[0], LimitSet) else LimitSet(option)
+
+
+_UNLIMITED = LimitSet()
+_worker_index = 0               # of the worker process that this is
 
 # By id: a worker's object may be frozen, have slots, or replace its __dict__ in its constructor.
 _limits_of = {}
@@ -1328,17 +2433,25 @@ def _attempt(fn, args, kwargs):
 class _Recipe:
     """How to build the user's object, again if need be."""
 
-    def __init__(self, cls, args, kwargs, bound=None):
+    def __init__(self, cls, args, kwargs, bound, limits):
         self.cls, self.args, self.kwargs = cls, args, kwargs
         self.bound = bound          # the function that a TaskWorker always calls
+        self.limits = _limits_for_worker(limits)
         self.config = global_config
 
     def build(self):
-        _here.building = self.cls
+        around = _here.made
+        _here.building, _here.made = self, None
         try:
             return self.cls(*self.args, **self.kwargs)
+        except BaseException:
+            _limits_of.pop(_here.made, None)
+            raise
         finally:
-            _here.building = None
+            _here.building, _here.made = None, around
+
+
+_private_loops = weakref.WeakSet()          # on which nothing runs but the call that may block them
 
 
 class _Runner:
@@ -1359,7 +2472,7 @@ class _Runner:
         except BaseException:
             self.close()
             raise
-        _limits_of[id(self.target)] = _UNLIMITED
+        _limits_of[id(self.target)] = recipe.limits
 
     def attempt(self, method, args, kwargs):
         """Call the method; return (kind, value), where the value may be a coroutine still to be run."""
@@ -1395,6 +2508,7 @@ class _Runner:
         if self._loop is None:
             import asyncio
             self._loop = asyncio.new_event_loop()
+            _private_loops.add(self._loop)
             if _here.is_ours:       # in sync mode the thread is the caller's, and so is its loop
                 asyncio.set_event_loop(self._loop)
         return self._loop
@@ -1405,6 +2519,7 @@ class _Runner:
         loop = self._own_loop()
         if loop.is_running():       # sync mode: by another thread, or by a call around this one
             loop = asyncio.new_event_loop()
+            _private_loops.add(loop)
         with _OtherLoop():
             try:
                 return loop.run_until_complete(_captured(coroutine))
@@ -3291,11 +4406,14 @@ def _load_wire():
 _HEADER = struct.Struct("<BxHIQ")       # kind, number of buffers, microseconds it took, bytes of pickle
 _MOST = 1 << 48         # bytes: whoever says there are more is mistaken
 _SIZE = struct.Struct("<Q")             # of a buffer, times two, plus one if it is read-only
+_INDEX = struct.Struct("<I")            # of the worker in its pool: what it receives first
 
 # Kinds of message: to the worker ...
 _PLACE, _RECIPE, _SHARED, _FORGET, _VALUES, _CALL = range(6)
-# ... and from it.
-_BUILT, _NOT_BUILT, _RETURNED, _RAISED, _NOT_LOADED = range(6, 11)
+# ... from it, ...
+_BUILT, _NOT_BUILT, _TICKET, _RETURNED, _RAISED, _NOT_LOADED = range(6, 12)
+# ... and to it on its second socket.
+_VERDICT = 12
 
 
 def _message(kind, portable, took=0):
@@ -3349,8 +4467,9 @@ class _Inbox:
     What is large is received in place: `_parts` asks for the number of bytes it needs next.
     """
 
-    def __init__(self, connection):
+    def __init__(self, connection, kinds):
         self.connection = connection
+        self.kinds = kinds
         self.is_at_end = False
         self._messages = collections.deque()
         self._bytes, self._filled = bytearray(), 0      # what has come of the bytes needed, and perhaps more
@@ -3399,7 +4518,7 @@ class _Inbox:
     def _take_apart(self):
         while True:
             kind, count, took, size = _HEADER.unpack((yield _HEADER.size))
-            if not _BUILT <= kind <= _NOT_LOADED or size > _MOST:
+            if kind not in self.kinds or size > _MOST:
                 raise ValueError(f"a message of kind {kind} and {size} bytes")
             sizes = []
             for _ in range(count):
@@ -3446,7 +4565,8 @@ class _Shared:
 
     def __init__(self, fn):
         self.number = next(self.numbers)
-        self.portable = _frozen(_dumps(fn, lambda: ({"the function": fn},)))
+        self.kept = {}
+        self.portable = _frozen(_dumps_keeping(self.kept, fn, lambda: ({"the function": fn},)))
         self.holders = weakref.WeakSet()        # the links that have sent it
 
     def __reduce__(self):
@@ -3466,13 +4586,17 @@ def _shared_function(number):
 
 def _worker_main(connection):
     """Live as a worker process: the recipe comes first, then calls, until the parent hangs up."""
+    global _upstream, _worker_index
     _load_wire()
     _here.__dict__.update(is_ours=True, reader=None, callbacks=0, sync_calls=())
     recipe, _here.recipe = _here.recipe, None       # set by the parent before a fork, which inherits it
     if recipe is not None:
         _be_forked()
     try:
-        _Passed.received = socket.recv_fds(connection, 1, _Passed.MOST)[1]
+        index, (lane, *_Passed.received), *_ = socket.recv_fds(connection, _INDEX.size, _Passed.MOST + 1)
+        os.set_inheritable(lane, False)
+        _worker_index, = _INDEX.unpack(index)
+        _upstream = _Upstream(connection, _own(socket.socket(fileno=lane)))
         *_, data, buffers = _receive(connection)
         _settle_in(*_loads(data, buffers))
         kind, _, data, buffers = _receive(connection)
@@ -3481,10 +4605,10 @@ def _worker_main(connection):
             global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
             runner = _Runner(recipe)
         except BaseException as error:
-            _send_all(connection, _message(_NOT_BUILT, _dump_error(_without_our_frame(error))))
+            _upstream.send(_message(_NOT_BUILT, _dump_error(_without_our_frame(error))))
             return
         _pin(type(runner.target))
-        _send_all(connection, _message(_BUILT, (b"", [])))
+        _upstream.send(_message(_BUILT, (b"", [])))
         try:
             while True:
                 _serve(connection, runner)
@@ -3523,7 +4647,7 @@ def _serve(connection, runner):
     if kind == _CALL:
         began = time.perf_counter()
         answer = _answer(runner, data, buffers)
-        _send_all(connection, _message(*answer, int((time.perf_counter() - began) * 1e6)))
+        _upstream.send(_message(*answer, int((time.perf_counter() - began) * 1e6)))
     elif kind == _VALUES:
         try:
             _Place.values = _load(data, buffers)
@@ -3728,11 +4852,13 @@ def _reader_failed(reader, error):
 class _Link:
     """One process of a worker and what is on its way to it. When it dies, a new link is made."""
 
-    def __init__(self, connection, far, process):
+    def __init__(self, connection, far, lane, process):
         self.connection = connection        # our end, non-blocking
+        self.lane = lane                    # for verdicts about limits
+        self.guests = {}                    # by number: its tickets at the homes of limits
         self.far = far                      # a copy of the worker's end: to see what a dead one left unread
         self.process = process
-        self.inbox = _Inbox(connection)
+        self.inbox = _Inbox(connection, range(_BUILT, _NOT_LOADED + 1))
         self.outbox = collections.deque()   # parts of messages that the socket has not taken
         self.sent = collections.deque()     # (call, where its message ends), in order, without an answer
         self.end = 0                        # where the last message ends, in bytes from the beginning
@@ -3789,10 +4915,25 @@ class _Link:
                 return count
             count -= len(data)
 
+    def give_back(self):
+        """Have what the dead worker held of limits free, and nothing wait for it."""
+        for guest in list(self.guests.values()):
+            guest.leave()
+
     def close(self):
+        self.lane.close()
         self.connection.close()
         self.far.close()
         self.process.close()
+
+
+def _dumps_keeping(kept, obj, roots):
+    """Do as `_dumps`, and put the limit sets that went along into `kept`: others will ask for them."""
+    around, _here.kept = _here.kept, kept
+    try:
+        return _dumps(obj, roots)
+    finally:
+        _here.kept = around
 
 
 def _frozen(portable):
@@ -3830,7 +4971,7 @@ class _ProcessBackend(_Backend):
     def prepare(call):
         """Pickle the call, in the caller; settle its future and return False if that fails."""
         try:
-            portable = _dumps((call.method, call.args, call.kwargs), lambda: _call_parts(call))
+            portable = _dumps_keeping(call.pool.kept, (call.method, call.args, call.kwargs), lambda: _call_parts(call))
         except BaseException as error:
             _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
             if not isinstance(error, Exception):
@@ -3844,8 +4985,8 @@ class _ProcessBackend(_Backend):
     @staticmethod
     def complete(call, values):
         """Add the results that the call has waited for."""
-        portable = _dumps(values, lambda: ({f"the result of dependency {n}": value
-                                           for n, value in enumerate(values)},))
+        portable = _dumps_keeping(call.pool.kept, values, lambda: ({f"the result of dependency {n}": value
+                                                                   for n, value in enumerate(values)},))
         call.message = _message(_VALUES, _frozen(portable)) + call.message
 
     def start(self):
@@ -3950,7 +5091,9 @@ class _ProcessBackend(_Backend):
 
     def _take(self, link, kind, took, data, buffers):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
-        if kind >= _RETURNED:
+        if kind == _TICKET:
+            _Guest.take(link, self.reader, *_loads(data, buffers))
+        elif kind >= _RETURNED:
             if not link.sent:
                 raise ValueError("an answer to no call")
             call, _ = link.sent.popleft()
@@ -3973,26 +5116,28 @@ class _ProcessBackend(_Backend):
             self._end()
             return
         self.cause = None
-        connection = far = None
+        ends = []
         try:
-            connection, far = _socket_pair()
+            ends += _socket_pair()
+            ends += _socket_pair()
+            connection, far, lane, far_lane = ends
             method = self.pool.options.mp_context.value
             if method == "fork":
                 _here.recipe = self.pool.recipe
                 _name_classes(self.pool.recipe)
             process = _launch(method, far, _worker_main)
             passed, setup = self.pool.setup
-            socket.send_fds(connection, [b"!"], passed.descriptors)
+            socket.send_fds(connection, [_INDEX.pack(self.index)], [far_lane.fileno(), *passed.descriptors])
+            far_lane.close()
         except BaseException as error:
-            for end in (connection, far):
-                if end is not None:
-                    end.close()
+            for end in ends:
+                end.close()
             self._failed_to_start(error)
             return
         finally:
             _here.recipe = None
         connection.setblocking(False)
-        link = _Link(connection, far, process)
+        link = _Link(connection, far, _Lane(lane, self.reader), process)
         link.send(setup)
         self.reader.watch(connection, selectors.EVENT_READ, functools.partial(self._hear, link))
         self.reader.watch(process.sentinel, selectors.EVENT_READ, functools.partial(self._died, link))
@@ -4021,6 +5166,7 @@ class _ProcessBackend(_Backend):
             self.link = self.dead = None
         finally:
             del self.turn["is"]
+        link.give_back()
         pid, exitcode = link.process.pid, link.process.exitcode()
         self._unwatch(link)
         link.close()
@@ -4045,7 +5191,7 @@ class _ProcessBackend(_Backend):
                        if end > read and call in self.calls and call not in self.queue]
 
     def _unwatch(self, link):
-        for file in (link.connection, link.process.sentinel):
+        for file in (link.connection, link.lane.connection, link.process.sentinel):
             try:
                 self.reader.forget(file)
             except (KeyError, ValueError):
@@ -4120,6 +5266,7 @@ class _ProcessBackend(_Backend):
         self.is_finishing = True
         if self.link is not None:
             self.link.process.kill()
+            self.link.give_back()
             self.link.close()
         _settle(self.started, _ERROR, error)
         self.pool.lose(self, error)
@@ -4148,7 +5295,7 @@ class _Passed:
     Its locks, queues and connections can be pickled while a process is started, and only then.
     """
 
-    MOST = 253                  # what the kernel passes at once
+    MOST = 252                  # what the kernel passes at once, less the one that is always passed
     received = ()               # in the worker
 
     def __init__(self):
@@ -4283,6 +5430,226 @@ class _PoolWhileImporting(RuntimeError):
     """A module makes worker processes when a worker process imports it: that would never end."""
 
 
+# === Limits across processes ===
+#
+# A set lives in the process that made it. Elsewhere its home is _Away: tickets go up to the parent,
+# which attends to them where it has the set, or sends them further up. They go between the answers, so
+# that what a call has given back is free when its result is seen. Verdicts come down on a
+# socket of their own, the lane: in the other one there may be calls before them.
+
+class _Upstream:
+    """A worker process's way to its parent, for the answers to calls and for its tickets."""
+
+    def __init__(self, connection, lane):
+        self.connection = connection
+        self.lane = lane
+        self.lock = threading.RLock()
+        self.outbox = collections.deque()       # messages
+        self.is_sending = False
+        self.tickets = {}                       # by number: those that wait for a verdict
+        self.numbers = itertools.count()
+        self.reader = None
+
+    def send(self, message):
+        """Send the parts of a message, after those of others; return when it is sent."""
+        self.outbox.append(message)
+        with self.lock:
+            if self.is_sending:         # in this thread, which a finalizer interrupts: it goes on with this one
+                return
+            self.is_sending = True
+            try:
+                while self.outbox:
+                    _send_all(self.connection, self.outbox.popleft())
+            finally:
+                self.is_sending = False
+
+    def listen(self):
+        """Have verdicts heard from now on."""
+        if self.reader is None:
+            self.lane.setblocking(False)
+            self.inbox = _Inbox(self.lane, (_VERDICT,))
+            self.reader = _reader_for(self)
+            self.reader.post(self.reader.watch, self.lane, selectors.EVENT_READ, self._hear)
+
+    def _hear(self, events):
+        for _, _, data, buffers in self.inbox.receive():
+            number, is_granted, answer = _loads(data, buffers)
+            self._tell(self.tickets.pop(number, None), is_granted, answer)
+
+    def _tell(self, ticket, is_granted, answer):
+        if ticket is not None:
+            ticket.answer = answer
+            ticket.is_granted, ticket.is_refused = is_granted, not is_granted
+            ticket.ring()
+
+    def perish(self, error):
+        """Refuse everything: the reader has failed."""
+        self.reader = None
+        while self.tickets:
+            self._tell(self.tickets.popitem()[1], False, f"the reader of this worker process failed: {error!r}")
+
+
+_upstream = None                # in a worker process: its way to the parent
+
+
+class _Away:
+    """The home of a set that lives in another process, the parent or one above it."""
+
+    is_far = True
+
+    def __init__(self, token):
+        self.token = token
+
+    def attend(self, ticket):
+        """Send what the ticket says; a verdict comes later, and rings its bell."""
+        if _upstream is None:
+            if ticket.is_over:
+                return
+            raise RuntimeError("these limits belong to the parent of this process, which is none of its workers: "
+                               "os.fork and pickle do not share them")
+        if ticket.number is None:
+            if ticket.is_over:
+                return
+            ticket.number = next(_upstream.numbers)
+            _upstream.tickets[ticket.number] = ticket
+            _upstream.listen()
+        is_over = ticket.is_over
+        if is_over:
+            _upstream.tickets.pop(ticket.number, None)
+        _upstream.send(_message(_TICKET, _dumps(
+            (ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))))
+        ticket.is_closed = is_over
+
+    def wait_for_verdict(self, ticket):
+        """Sleep until it is granted or refused; RuntimeError when that cannot be found out."""
+        ticket.bell = _Bell()
+        while not (ticket.is_granted or ticket.is_refused):
+            ticket.bell.sleep(None)
+        return ticket
+
+    def seconds_until(self, due):
+        return _NEVER               # the owner looks at the clock
+
+    def stats(self):
+        ticket = _Ticket(None)      # wants nothing but an answer
+        self.attend(ticket)
+        self.wait_for_verdict(ticket)
+        if isinstance(ticket.answer, str):
+            raise RuntimeError(ticket.answer)
+        return ticket.answer
+
+
+class _Guest:
+    """A worker's ticket in this process, and its bell: rung, it sends the verdict or sets an alarm."""
+
+    def __init__(self, link, reader, number, home, wants, may_wait):
+        self.link, self.reader, self.number, self.home = link, reader, number, home
+        self.alarm = math.inf           # when the earliest one that is set will ring
+        self.ticket = _Ticket(wants)
+        self.ticket.bell = self
+        self.ticket.may_wait = may_wait
+        self.is_told = False
+
+    @classmethod
+    def take(cls, link, reader, number, token, wants, usage, is_over, may_wait):
+        """Do what a worker's ticket says; on the reader's thread."""
+        guest = link.guests.get(number)
+        if guest is None:
+            limits = _sets.get(token)
+            home = limits._home if limits is not None else _Away(token) if _upstream is not None else None
+            if home is None or wants is None:
+                answer = "the set of limits does not exist any more" if home is None else home.stats()
+                link.lane.send(number, False, answer)
+                return
+            guest = link.guests[number] = cls(link, reader, number, home, wants, may_wait)
+        guest.ticket.usage = usage
+        if is_over:
+            guest.leave()
+        else:
+            guest.home.attend(guest.ticket)
+
+    def leave(self):
+        self.link.guests.pop(self.number, None)
+        self.ticket.is_over = self.is_told = True
+        self.home.attend(self.ticket)
+
+    def wake(self):
+        if _here.reader is self.reader:
+            self._look()
+        else:
+            self.reader.post(self._look)
+
+    def _look(self):
+        ticket = self.ticket
+        if self.is_told:
+            return
+        if ticket.is_granted or ticket.is_refused:
+            self.is_told = True
+            if ticket.is_refused:
+                self.link.guests.pop(self.number, None)
+            self.link.lane.send(self.number, ticket.is_granted, ticket.answer)
+        elif ticket.due < self.alarm:
+            self.alarm = ticket.due
+            self.reader.later(max(0.0, self.home.seconds_until(ticket.due)), self._ring_alarm)
+
+    def _ring_alarm(self):
+        self.alarm = math.inf
+        if not self.is_told:
+            self.home.attend(self.ticket)
+            self._look()
+
+
+class _Lane:
+    """The parent's end of a worker's second socket; used on the reader's thread."""
+
+    def __init__(self, connection, reader):
+        self.connection = connection
+        self.connection.setblocking(False)
+        self.reader = reader
+        self.outbox = collections.deque()
+        self.is_blocked = False
+
+    def send(self, number, is_granted, answer):
+        """Send a verdict, or an answer, to a ticket; what the socket does not take follows when it does."""
+        self.outbox += _message(_VERDICT, _dumps((number, is_granted, answer)))
+        if not self.is_blocked:
+            self._flush()
+
+    def _flush(self, events=None):
+        try:
+            while self.outbox:
+                part = self.outbox[0]
+                sent = self.connection.send(part)
+                self.outbox.popleft()
+                if sent < len(part):
+                    self.outbox.appendleft(memoryview(part)[sent:])
+        except BlockingIOError:
+            if not self.is_blocked:
+                self.is_blocked = True
+                self.reader.watch(self.connection, selectors.EVENT_WRITE, self._flush)
+            return
+        except OSError:                 # the worker is dead: its sentinel tells
+            self.outbox.clear()
+        if self.is_blocked:
+            self.is_blocked = False
+            self.reader.forget(self.connection)
+
+    def close(self):
+        self.connection.close()
+
+
+def _limit_set(token, limits, config):
+    """Load a LimitSet: the one with this token, or one that asks where it came from."""
+    known = _sets.get(token)
+    if known is None:
+        known = LimitSet(limits, config=config)
+        known._token, known._home = token, _Away(token)
+        _sets[token] = known
+    return known
+
+
+# === Pools ===
+
 _BACKENDS = {
     (ExecutionMode.Sync, False): _SyncBackend,
     (ExecutionMode.Threads, False): _ThreadBackend,
@@ -4291,9 +5658,6 @@ _BACKENDS = {
     (ExecutionMode.Processes, False): _ProcessBackend,
     (ExecutionMode.Processes, True): _OnDemandProcessBackend,
 }
-
-
-# === Pools ===
 
 _GRACE = 0.9            # seconds: between TERM and KILL, and what a stop may take beyond its timeout
 _pools = weakref.WeakSet()          # those with workers
@@ -4371,6 +5735,7 @@ class _Pool:
         self.is_finishing = False       # the workers end when the last call has
         self.once = itertools.count()   # who asks first gets 0: ending is done once
         self.broken = None              # the error of the last worker that was given up
+        self.kept = {}                  # limit sets that its calls have brought to processes
 
     # Starting
 
@@ -4748,7 +6113,10 @@ def _finish_all():
 
 def _abandon_all():
     """Make the parent's handles and futures say, in a forked child, that they are the parent's."""
-    global _pools, _reader_lock, _naming
+    global _pools, _reader_lock, _naming, _upstream
+    _upstream = None
+    for limits in list(_sets.values()):
+        limits._home = _Away(limits._token)
     pools, _pools = list(_pools), weakref.WeakSet()
     _reader_lock, _naming = threading.RLock(), threading.RLock()    # another thread may have held them
     _readers.clear()
@@ -4870,6 +6238,7 @@ def _option_reader(name):
 
 for _name in _OPTIONS:
     setattr(_Handle, _name, property(_option_reader(_name), doc=f"The option {_name}."))
+_Handle.limits = property(lambda self: self._pool.recipe.limits, doc="The limits that all its workers share.")
 
 
 def _check_method(cls, name, others=()):
@@ -5074,7 +6443,8 @@ def _load_outcomes(values, errors):
 def _open(cls, given, args, kwargs, sized=False):
     """Build the worker or pool and return its handle."""
     fn = cls._bound_function(*args, **kwargs) if issubclass(cls, TaskWorker) else None
-    pool = _Pool(_Recipe(cls, args, kwargs, fn), _Options(given, sized))
+    options = _Options(given, sized)
+    pool = _Pool(_Recipe(cls, args, kwargs, fn, options.limits), options)
     pool.start()
     return _handle_type(cls)(pool)
 
@@ -5110,6 +6480,8 @@ def _options(cls, **given):
     on_demand: make a worker for each call and destroy it afterwards. Default False.
     max_queued_tasks: unsettled calls per worker, beyond which submitting waits; None: unbounded.
     unwrap_futures: futures among the arguments become their results. Default True.
+    limits: what `self.limits` is in all its workers: a LimitSet, shared with everyone who has it; a list
+        of limits, for a set of its own; a LimitPool, or a list of LimitSets. Default: none.
     mp_context: in process mode "forkserver", "spawn" or "fork".
     on_demand_linger: seconds that an idle on-demand TaskWorker is kept.
 
@@ -5127,10 +6499,19 @@ def _init(cls, *args, **kwargs):
 
 def _make_object(cls, make, args, kwargs):
     """Make a plain object in a worker, a handle where the class says so: the `__new__` of worker classes."""
-    if _here.building is cls:
+    recipe = _here.building
+    if recipe is not None and recipe.cls is cls:
         _here.building = None
-    elif getattr(cls, "_auto_init", False):
+        made = _make_plain(cls, make, args, kwargs)
+        _here.made = id(made)
+        _limits_of[id(made)] = recipe.limits
+        return made
+    if getattr(cls, "_auto_init", False):
         return _init(cls, *args, **kwargs)
+    return _make_plain(cls, make, args, kwargs)
+
+
+def _make_plain(cls, make, args, kwargs):
     if make is not object.__new__:
         return make(cls, *args, **kwargs)
     if (args or kwargs) and cls.__init__ is object.__init__:
@@ -5212,7 +6593,7 @@ class TaskWorker(Worker):
 
     def __init__(self, fn=None):
         self._fn = fn
-        self._wants_limits = _parameter_place(fn, "limits")
+        self._wants_limits = _parameter_place(fn, "limits", self.limits is not _UNLIMITED)
 
     @classmethod
     def _bound_function(cls, *args, **kwargs):
@@ -5262,8 +6643,8 @@ class TaskWorker(Worker):
         return call.method in ("submit", "_chunk") and _is_async(call.args[0] or self._fn)
 
 
-def _parameter_place(fn, name):
-    """Return how many positional arguments come before this required parameter; None if there is none."""
+def _parameter_place(fn, name, optional):
+    """Return how many positional arguments come before this parameter, required or `optional`; None if there is none."""
     code = getattr(fn, "__code__", None)
     if fn is None or code is not None and name not in code.co_varnames:
         return None
@@ -5273,7 +6654,7 @@ def _parameter_place(fn, name):
     except (TypeError, ValueError):
         return None
     parameter = parameters.get(name)
-    if parameter is None or parameter.default is not parameter.empty:
+    if parameter is None or parameter.default is not parameter.empty and not optional:
         return None
     if parameter.kind is parameter.KEYWORD_ONLY:
         return sys.maxsize
@@ -5316,7 +6697,8 @@ class _TaskFunction(_TaskHandle):
         mode = given.get("mode") or global_config.defaults.mode
         if mode is not None and mode not in _ONE_WORKER:
             given.setdefault("on_demand", global_config.get_defaults(mode)["task_decorator_on_demand"])
-        pool = _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn), _Options(given, sized=True))
+        options = _Options(given, sized=True)
+        pool = _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn, options.limits), options)
         weakref.finalize(self, pool.finish).atexit = False
         return pool
 
