@@ -1926,7 +1926,7 @@ class LimitSet:
 
         For a rate `in_use` is what counts against the window now.
         """
-        stats = self._home.stats()
+        stats = self._home.stats() if self._limits else {}
         return {key: {**vars(limit), **stats[key]} for key, limit in self._limits.items()}
 
     def _plan(self, requested):
@@ -5448,7 +5448,9 @@ class _Upstream:
         self.is_sending = False
         self.tickets = {}                       # by number: those that wait for a verdict
         self.numbers = itertools.count()
-        self.reader = None
+        self.inbox = _Inbox(lane, (_VERDICT,))
+        self.is_heard = False                   # the reader listens to the lane
+        lane.setblocking(False)
 
     def send(self, message):
         """Send the parts of a message, after those of others; return when it is sent."""
@@ -5465,11 +5467,11 @@ class _Upstream:
 
     def listen(self):
         """Have verdicts heard from now on."""
-        if self.reader is None:
-            self.lane.setblocking(False)
-            self.inbox = _Inbox(self.lane, (_VERDICT,))
-            self.reader = _reader_for(self)
-            self.reader.post(self.reader.watch, self.lane, selectors.EVENT_READ, self._hear)
+        with self.lock:
+            if not self.is_heard:
+                self.is_heard = True
+                reader = _reader_for(self)
+                reader.post(reader.watch, self.lane, selectors.EVENT_READ, self._hear)
 
     def _hear(self, events):
         for _, _, data, buffers in self.inbox.receive():
@@ -5484,12 +5486,14 @@ class _Upstream:
 
     def perish(self, error):
         """Refuse everything: the reader has failed."""
-        self.reader = None
+        self.is_heard = False
         while self.tickets:
             self._tell(self.tickets.popitem()[1], False, f"the reader of this worker process failed: {error!r}")
 
 
 _upstream = None                # in a worker process: its way to the parent
+_OUT_OF_REACH = ("these limits live in a process that this one is no worker of: os.fork and pickle do not share them, "
+                 "and a worker's own are not shared with its parent")
 
 
 class _Away:
@@ -5505,8 +5509,7 @@ class _Away:
         if _upstream is None:
             if ticket.is_over:
                 return
-            raise RuntimeError("these limits belong to the parent of this process, which is none of its workers: "
-                               "os.fork and pickle do not share them")
+            raise RuntimeError(_OUT_OF_REACH)
         if ticket.number is None:
             if ticket.is_over:
                 return
@@ -5555,11 +5558,9 @@ class _Guest:
         """Do what a worker's ticket says; on the reader's thread."""
         guest = link.guests.get(number)
         if guest is None:
-            limits = _sets.get(token)
-            home = limits._home if limits is not None else _Away(token) if _upstream is not None else None
-            if home is None or wants is None:
-                answer = "the set of limits does not exist any more" if home is None else home.stats()
-                link.lane.send(number, False, answer)
+            home = getattr(_sets.get(token), "_home", None) or _Away(token)
+            if wants is None or home.is_far and _upstream is None:
+                link.lane.send(number, False, _OUT_OF_REACH if home.is_far and _upstream is None else home.stats())
                 return
             guest = link.guests[number] = cls(link, reader, number, home, wants, may_wait)
         guest.ticket.usage = usage

@@ -1860,7 +1860,7 @@ class WaitingForLimitsTests(CleanTestCase):
         loop = asyncio.new_event_loop()
         task = loop.create_task(self.hold_async(limits))
         loop.run_until_complete(asyncio.sleep(0))
-        until(lambda: limits.get_stats()["c"]["waiting"] == 1)
+        self.assertEqual(limits.get_stats()["c"]["waiting"], 1)
         loop.close()
         held.release()                      # is granted to the one that will never come
         limits.acquire(timeout=SAFETY).release()
@@ -3869,6 +3869,286 @@ class ExecutorTests:
 over_modes(globals(), [ExecutorTests])
 
 
+# === Limits of workers ===
+
+class Api(Worker):
+    """Uses its limits: two calls at once, a hundred tokens."""
+
+    def __init__(self):
+        with self.limits.acquire({"tokens": 1}) as acquired:
+            acquired.update()
+        self.built_with = sorted(self.limits.get_stats()) if isinstance(self.limits, LimitSet) else None
+
+    def ask(self, tokens=5, used=3, timeout=None):
+        with self.limits.acquire({"tokens": tokens}, timeout) as acquired:
+            acquired.update({"tokens": used})
+        return dict(acquired.config)
+
+    async def ask_async(self, tokens=5, used=3):
+        async with self.limits.async_acquire({"tokens": tokens}) as acquired:
+            await asyncio.sleep(0)
+            acquired.update({"tokens": used})
+        return dict(acquired.config)
+
+    async def ask_on_loop(self, timeout=None):
+        with self.limits.acquire(timeout=timeout):
+            return "waited"
+
+    def hold(self, started, go):
+        with self.limits.acquire({"tokens": 1}) as acquired:
+            acquired.update()
+            started.set()
+            go.wait()
+        return "held"
+
+    def forget_update(self):
+        with self.limits.acquire({"tokens": 5}):
+            return "answer"
+
+    def look(self):
+        return self.built_with, self.limits.get_stats()
+
+    def own(self):
+        return self.limits
+
+    def use(self, limits, tokens=None):
+        with limits.acquire(tokens):
+            return limits.get_stats()
+
+    def keep(self, limits=None):
+        if limits is not None:
+            self.kept = limits
+        with self.kept.acquire():
+            return self.kept.get_stats()
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenApi(Worker):
+    n: int = 5
+
+    def use(self):
+        with self.limits.acquire() as acquired:
+            return self.n, acquired.successful, sorted(self.limits)
+
+
+class SlottedApi(Worker):
+    __slots__ = ("n",)
+
+    def use(self):
+        return sorted(self.limits)
+
+
+def api_limits():
+    return [ResourceLimit("slots", 2), RateLimit("tokens", 100, per="hour"), CallLimit(1000, per="hour")]
+
+
+def in_use(limits):
+    return {key: stats["in_use"] for key, stats in limits.get_stats().items()}
+
+
+@task(mode="thread", limits=[ResourceLimit("slots", 1)])
+def limited_task(x, limits):
+    with limits.acquire():
+        return x, limits.get_stats()["slots"]["in_use"]
+
+
+class WorkerLimitTests:
+    def test_in_the_constructor_and_in_methods(self):
+        limits = LimitSet(api_limits(), config={"account": "a"})
+        api = self.make(Api, limits=limits)
+        self.assertEqual(api.ask().result(SAFETY), {"account": "a"})
+        self.assertEqual(api.ask_async().result(SAFETY), {"account": "a"})
+        # As soon as a result is seen, what its call held is free.
+        self.assertEqual(in_use(limits), {"slots": 0, "tokens": 7, "call_count": 3})
+        built_with, stats = api.look().result(SAFETY)
+        self.assertEqual(built_with, ["call_count", "slots", "tokens"])
+        self.assertEqual(stats, limits.get_stats())
+        self.assertIs(api.limits, limits)
+        self.assertIs(api.own().result(SAFETY), limits)
+
+    def test_a_list_makes_a_set_of_its_own(self):
+        given = api_limits()
+        one, other = self.make(Api, limits=given), self.make(Api, limits=given)
+        one.ask().result(SAFETY)
+        self.assertEqual([in_use(handle.limits)["call_count"] for handle in (one, other)], [2, 1])
+        self.assertEqual(in_use(self.make(Api, limits=api_limits()[1]).limits), {"tokens": 1})
+
+    def test_a_set_is_shared_by_everyone_it_is_given_to(self):
+        limits = LimitSet(api_limits())
+        handles = [self.make(Api, limits=limits) for _ in range(2)]
+        gather([handle.ask(5, 4) for handle in handles for _ in range(3)], timeout=SAFETY)
+        with limits.acquire():
+            self.assertEqual(in_use(limits), {"slots": 1, "tokens": 26, "call_count": 9})
+        in_argument = self.make(Api)
+        stats = in_argument.use(limits).result(SAFETY)
+        self.assertEqual((stats["slots"]["in_use"], stats["call_count"]["in_use"]), (1, 10))
+
+    def test_errors_are_the_calls(self):
+        limits = LimitSet(api_limits())
+        api = self.make(Api, limits=limits)
+        self.assertRegex(str(api.forget_update().exception(SAFETY)), "'tokens' was not told")
+        self.assertIsInstance(api.ask(101).exception(SAFETY), ValueError)
+        held = limits.acquire({"slots": 2})
+        error = api.ask(timeout=0.01).exception(SAFETY)
+        for kind in (TimeoutError, concurrent.futures.TimeoutError, asyncio.TimeoutError):
+            self.assertIsInstance(error, kind)
+        stats = limits.get_stats()
+        self.assertEqual((stats["slots"]["waiting"], stats["slots"]["in_use"], stats["tokens"]["in_use"]), (0, 2, 6))
+        held.release()
+        api.ask().result(SAFETY)
+
+    def test_waiting_on_the_workers_loop(self):
+        """10.8: a private loop waits; that of an asyncio worker would be stalled."""
+        limits = LimitSet([ResourceLimit("slots", 1), RateLimit("tokens", 10, per="hour")])
+        api = self.make(Api, limits=limits)
+        held = limits.acquire()
+        if self.mode == "asyncio":
+            self.assertRegex(str(api.ask_on_loop().exception(SAFETY)), "async with limits.async_acquire")
+            self.assertEqual(limits.get_stats()["slots"]["waiting"], 0)
+            held.release()
+        elif self.mode == "sync":
+            self.assertIsInstance(api.ask_on_loop(timeout=0.01).exception(SAFETY), concurrent.futures.TimeoutError)
+            held.release()
+        else:
+            waiting = api.ask_on_loop()
+            until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+            held.release()
+            self.assertEqual(waiting.result(SAFETY), "waited")
+        self.assertEqual(api.ask_on_loop().result(SAFETY), "waited")
+        self.assertEqual(in_use(limits)["slots"], 0)
+
+    def test_a_pool_of_sets(self):
+        sets = [LimitSet(api_limits(), config={"n": n}) for n in range(3)]
+        for given in (sets, LimitPool(sets, "round_robin")):
+            api = self.make(Api, limits=given)
+            self.assertEqual(sorted(api.ask().result(SAFETY)["n"] for _ in range(6)), [0, 0, 1, 1, 2, 2])
+            self.assertIsInstance(api.limits, LimitPool)
+            self.assertIsInstance(api.own().result(SAFETY), LimitPool)
+
+    def test_objects_of_any_kind(self):
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        self.assertEqual(self.make(FrozenApi, limits=limits).use().result(SAFETY), (5, True, ["slots"]))
+        self.assertEqual(self.make(SlottedApi, limits=limits).use().result(SAFETY), ["slots"])
+        self.assertEqual(FrozenApi().use(), (5, True, []))
+
+    def test_a_function_with_a_parameter_of_that_name(self):
+        limits = LimitSet([ResourceLimit("x", 3)])
+        for fn, options in ((with_limits, {}), (with_default_limits, {})):
+            bound = self.make(TaskWorker, limits=limits, init={"fn": fn}, **options)
+            x, got = bound(3).result(SAFETY)
+            self.assertEqual((x, got), (3, True if fn is with_limits else limits))
+        self.assertEqual(self.make(TaskWorker, limits=limits, init={"fn": with_default_limits})(1, "given").result(SAFETY),
+                         (1, "given"))
+
+    def test_options(self):
+        for bad in (3, "slots", [1], [LimitSet([]), ResourceLimit("x", 1)], [ResourceLimit("x", 1)] * 2):
+            with self.assertRaisesRegex(ValueError, "limits=.*a LimitSet, a LimitPool, or a list"):
+                Api.options(mode=self.mode, limits=bad)
+        self.assertIs(self.make(Api, limits=None).own().result(SAFETY), self.make(Api).limits)
+        self.assertIs(self.make(Api, limits=[]).ask().exception(SAFETY), None)
+
+    def test_acquisitions_do_not_travel(self):
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        with limits.acquire() as acquired:
+            self.assertRaisesRegex(pickle.PicklingError, "acquisition", pickle.dumps, acquired)
+
+
+over_modes(globals(), [WorkerLimitTests])
+
+
+class LimitedPoolTests:
+    """Pools of threads and processes, with one set."""
+
+    def test_it_is_shared_by_the_whole_pool(self):
+        pool = self.make(Api, limits=api_limits(), max_workers=3)
+        self.assertEqual(in_use(pool.limits), {"slots": 0, "tokens": 3, "call_count": 3})
+        started, go = self.flag(), self.flag()
+        held = [pool.hold(started, go) for _ in range(3)]
+        until(lambda: pool.limits.get_stats()["slots"]["waiting"] == 1)
+        self.assertEqual(in_use(pool.limits)["slots"], 2)
+        go.set()
+        self.assertEqual(gather(held, timeout=SAFETY), ["held"] * 3)
+        self.assertEqual(in_use(pool.limits)["slots"], 0)
+
+    def test_on_demand(self):
+        pool = self.make(Api, limits=api_limits(), on_demand=True, max_workers=3)
+        gather([pool.ask() for _ in range(6)], timeout=SAFETY)
+        self.assertEqual(in_use(pool.limits), {"slots": 0, "tokens": 24, "call_count": 12})
+
+    def test_never_more_than_the_capacity(self):
+        """Each holder writes a letter when it has acquired and one before it gives back: read in order, at most two are inside."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, limits = os.path.join(folder, "log"), LimitSet([ResourceLimit("slots", 2)])
+            pool = self.make(Logger, path, limits=limits, max_workers=3)
+            futures = [pool.work(20) for _ in range(9)]
+
+            async def beside():
+                for _ in range(20):
+                    async with limits.async_acquire():
+                        log_inside(path)
+            asyncio.run(beside())
+            gather(futures, timeout=SAFETY)
+            self.assertEqual((inside_at_most(path), os.path.getsize(path)), (2, 2 * 200))
+            self.assertEqual(in_use(limits), {"slots": 0})
+
+
+class Logger(Worker):
+    def __init__(self, path):
+        self.path = path
+
+    def work(self, times):
+        for _ in range(times):
+            with self.limits.acquire():
+                log_inside(self.path)
+
+    def pid(self):
+        return os.getpid()
+
+
+def log_inside(path):
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(descriptor, b"+")
+        os.sched_yield()
+        os.write(descriptor, b"-")
+    finally:
+        os.close(descriptor)
+
+
+def inside_at_most(path):
+    with open(path, "rb") as file:
+        return max(itertools.accumulate({43: 1, 45: -1}[letter] for letter in file.read()))
+
+
+over_modes(globals(), [LimitedPoolTests], ["thread", "process"])
+
+
+class LimitedTaskTests(CleanTestCase):
+    def test_task(self):
+        self.addCleanup(limited_task.stop)
+        self.assertEqual(sorted(limited_task.map(range(10))), [(x, 1) for x in range(10)])
+        self.assertEqual(in_use(limited_task.limits), {"slots": 0})
+
+    def test_a_constructor_that_fails_leaves_no_trace(self):
+        before = dict(concurry._limits_of)
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        for mode in ("sync", "thread", "asyncio"):
+            self.assertRaises(KeyError, Counter.options(mode=mode, limits=limits).init, fail=KeyError("x"))
+        self.assertEqual(concurry._limits_of, before)
+
+    def test_waiting_in_an_interruption_of_the_same_set(self):
+        """A finalizer that comes in the middle of `attend`, of this very thread: it is not waited for."""
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        home, seen = limits._home, []
+        home.clock = lambda: seen or seen.append(limits.try_acquire().successful) or 5
+        with limits.acquire():
+            self.assertEqual(seen, [False])
+        self.assertEqual(in_use(limits), {"slots": 0})
+        home.is_busy = True                     # as an exception may leave it
+        with limits.acquire(timeout=SAFETY):
+            pass
+
+
 # === Programs of their own ===
 
 START_METHODS = [method for method in ("forkserver", "spawn", "fork") if hasattr(os, "fork")]
@@ -5642,6 +5922,322 @@ class CancelInQueueTests(CleanTestCase):
         kept = [future for future in counts if not future.cancel()]
         concurrent.futures.wait(kept, SAFETY)
         self.assertEqual(handle.add(0).result(SAFETY), ran + len(kept))
+
+
+# === Limits across processes ===
+
+class Moment(typing.NamedTuple):
+    """When a worker dies in the middle of acquiring and giving back: at the n-th coming call of a socket's method."""
+
+    method: str
+    times: int
+    after: bool = False                 # once it has been carried out
+
+
+class Mortal(Worker):
+    def die_at(self, moment):
+        """Die at this moment of the next call."""
+        count = itertools.count(1)
+
+        def watch(frame, event, function):
+            if event == ("c_return" if moment.after else "c_call") and function.__name__ == moment.method:
+                if next(count) == moment.times + (not moment.after):    # the answer of this call comes first
+                    os.kill(os.getpid(), 9)
+        sys.setprofile(watch)
+
+    def use(self):
+        with self.limits.acquire({"tokens": 10}) as acquired:
+            acquired.update({"tokens": 1})
+
+    def hold(self, started, go, update=False):
+        with self.limits.acquire({"tokens": 10}) as acquired:
+            if update:
+                acquired.update({"tokens": 1})
+            started.set()
+            go.wait()
+            acquired.update({"tokens": 1})
+
+    def pid(self):
+        return os.getpid()
+
+    def many_threads(self, threads, times):
+        def work():
+            for _ in range(times):
+                with self.limits.acquire({"tokens": 0}, timeout=SAFETY):
+                    pass
+        gather([in_thread(work) for _ in range(threads)], timeout=SAFETY)
+
+    def foreign_loop(self):
+        """A loop of the user's own in a worker process."""
+        async def main():
+            async with self.limits.async_acquire({"slots": 2}, timeout=SAFETY):
+                tried = self.limits.try_acquire().successful
+                try:
+                    self.limits.acquire()
+                except RuntimeError as error:
+                    return tried, str(error)
+        return asyncio.run(main())
+
+    def timeouts(self):
+        errors = []
+        for timeout in (0, 0.01):
+            try:
+                self.limits.acquire(timeout=timeout)
+            except concurrent.futures.TimeoutError as error:
+                errors.append(str(error))
+        return len(errors), self.limits.try_acquire().successful
+
+    def fork_and_acquire(self):
+        pid = os.fork()
+        if not pid:
+            try:
+                self.limits.acquire()
+            except RuntimeError as error:
+                os._exit(7 if "os.fork" in str(error) else 8)
+            finally:
+                os._exit(9)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def inner(self, method):
+        logging.getLogger("concurry").setLevel(logging.ERROR)       # they will be killed
+        self.pool = Mortal.options(mode="process", mp_context=method, limits=self.limits, max_workers=2).init()
+        return [self.pool.pid().result(SAFETY) for _ in range(2)]
+
+    def use_inner(self, times):
+        gather([self.pool.use() for _ in range(times)], timeout=SAFETY)
+        return self.limits.get_stats()
+
+    def hold_inner(self, started, go):
+        future = self.pool.hold(started, go)
+        try:
+            return future.result(SAFETY)
+        except WorkerDiedError:
+            return "died"
+
+
+class FarLimitTests(ProgramCase):
+    """What only processes can do wrong with limits: rows 14, 15, 32, 33, 37."""
+
+    def limits(self, slots=2):
+        return LimitSet([ResourceLimit("slots", slots), RateLimit("tokens", 1000, per="hour")])
+
+    def test_killed_while_it_holds(self):
+        """Row 14: the slot is free, what the rate had granted counts as used; who waits for it gets it."""
+        for method in START_METHODS:
+            for size, update, used in ((1, False, 10), (3, True, 1)):
+                with self.subTest(method, size=size, update=update), self.log_of():
+                    limits, started, go = self.limits(1), self.flag(), self.flag()
+                    pool = self.start(Mortal, mode="process", mp_context=method, max_workers=size, limits=limits)
+                    pids = [pool.pid().result(SAFETY) for _ in range(size)]
+                    held = pool.hold(started, go, update)
+                    started.wait()
+                    until(lambda limits=limits, used=used: in_use(limits) == {"slots": 1, "tokens": used})
+                    waiting = in_thread(lambda limits=limits: limits.acquire(timeout=SAFETY).release())
+                    until(lambda limits=limits: limits.get_stats()["slots"]["waiting"] == 1)
+                    os.kill(pids[0], 9)
+                    self.assertIsInstance(held.exception(SAFETY), WorkerDiedError)
+                    waiting.result(SAFETY)
+                    self.assertEqual(in_use(limits), {"slots": 0, "tokens": used})
+                    go.set()
+                    pool.use().result(SAFETY)
+                    pool.stop()
+
+    def test_killed_at_any_point(self):
+        """Row 15: while it asks, waits for the verdict, corrects, gives back. Nobody else is affected."""
+        moments = [Moment("sendall", n, after) for n in (1, 2, 3, 4) for after in (False, True)] + [Moment("acquire", 1)]
+        for method in START_METHODS:
+            limits = self.limits(1)
+            with self.log_of() as logs:
+                pool = self.start(Mortal, mode="process", mp_context=method, max_workers=2, limits=limits,
+                                  load_balancing="round_robin", max_queued_tasks=None)
+                for moment in moments if method == "forkserver" else moments[::3]:
+                    with self.subTest(method, moment=moment):
+                        pool.die_at(moment).result(SAFETY)
+                        other = pool.use()
+                        doomed, later = pool.use(), [pool.use() for _ in range(3)]
+                        other.result(SAFETY)
+                        doomed.exception(SAFETY)
+                        gather(later, timeout=SAFETY)
+                        self.assertEqual((in_use(limits)["slots"], limits.get_stats()["slots"]["waiting"]), (0, 0))
+                        self.assertEqual(limits._home.held, {})
+                        pool.use().result(SAFETY)           # for the next round to begin with the first
+                pool.stop()
+            self.assertGreater(len(logs.output), 2)
+
+    def test_killed_while_it_waits(self):
+        limits, started, go = self.limits(1), self.flag(), self.flag()
+        pool = self.start(Mortal, mode="process", limits=limits, max_workers=2)
+        pids = [pool.pid().result(SAFETY) for _ in range(2)]
+        with self.log_of(), limits.acquire():
+            doomed = pool.hold(started, go)
+            until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+            behind = pool.hold(started, go)
+            until(lambda: limits.get_stats()["slots"]["waiting"] == 2)
+            os.kill(pids[0], 9)
+            self.assertIsInstance(doomed.exception(SAFETY), WorkerDiedError)
+            until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+        started.wait()
+        go.set()
+        behind.result(SAFETY)
+
+    def test_killed_again_and_again(self):
+        """Row 32: never more than the capacity inside, at the end nothing is in use."""
+        path, limits = os.path.join(self.folder(), "log"), LimitSet([ResourceLimit("slots", 1), CallLimit(10 ** 6, 3600)])
+        pool = self.start(Logger, path, mode="process", max_workers=2, limits=limits, max_queued_tasks=None)
+        rng, deaths = random.Random(8), 0
+        with self.log_of():
+            for _ in range(25):
+                pids = [pool.pid().result(SAFETY) for _ in range(2)]
+                futures = [pool.work(100) for _ in range(2)]
+                goal = limits.get_stats()["call_count"]["granted"] + rng.randint(1, 60)
+                until(lambda goal=goal: limits.get_stats()["call_count"]["granted"] >= goal
+                      or all(future.done() for future in futures))
+                os.kill(rng.choice(pids), rng.choice([9, 15]))
+                deaths += sum(isinstance(future.exception(SAFETY), WorkerDiedError) for future in futures)
+        self.assertGreater(deaths, 5)
+        pool.work(1).result(SAFETY)
+        self.assertEqual(in_use(limits)["slots"], 0)
+        with open(path, "rb") as file:
+            letters = file.read().decode()
+        # Who was killed inside wrote no end: the next one begins where it should have been.
+        self.assertIsNone(re.search(r"--", letters))
+        self.assertLessEqual(letters.count("+") - letters.count("-"), deaths)
+
+    def test_threads_and_loops_in_a_worker(self):
+        limits = self.limits()
+        pool = self.start(Mortal, mode="process", max_workers=2, limits=limits)
+        gather([pool.many_threads(6, 20) for _ in range(2)], timeout=SAFETY)
+        tried, message = pool.foreign_loop().result(SAFETY)
+        self.assertFalse(tried)
+        self.assertIn("async with limits.async_acquire", message)
+        with limits.acquire({"slots": 2}):
+            self.assertEqual(pool.timeouts().result(SAFETY), (2, False))
+        stats = limits.get_stats()["slots"]
+        self.assertEqual((stats["in_use"], stats["waiting"], stats["granted"]), (0, 0, 244))
+
+    def test_pools_inside_workers(self):
+        for method in START_METHODS:
+            with self.subTest(method):
+                limits, started, go = self.limits(1), self.flag(), self.flag()
+                outer = self.start(Mortal, mode="process", mp_context=method, limits=limits)
+                middle = outer.pid().result(SAFETY)
+                inner = outer.inner(method).result(SAFETY)
+                stats = outer.use_inner(6).result(SAFETY)
+                self.assertEqual((stats["slots"]["granted"], stats["tokens"]["in_use"]), (6, 6))
+                self.assertEqual(in_use(limits), {"slots": 0, "tokens": 6})
+                held = outer.hold_inner(started, go)
+                started.wait()
+                waiting = in_thread(lambda limits=limits: limits.acquire(timeout=SAFETY).release())
+                until(lambda limits=limits: limits.get_stats()["slots"]["waiting"] == 1)
+                if method == "spawn":                   # the one in the middle
+                    with self.log_of():
+                        os.kill(middle, 9)
+                        self.assertIsInstance(held.exception(SAFETY), WorkerDiedError)
+                        waiting.result(SAFETY)
+                else:
+                    for pid in inner:
+                        os.kill(pid, 9)
+                    self.assertEqual(held.result(SAFETY), "died")
+                    waiting.result(SAFETY)
+                    self.assertEqual(outer.use_inner(2).result(SAFETY)["slots"]["in_use"], 0)
+                self.assertEqual(in_use(limits)["slots"], 0)
+                outer.stop()
+
+    def test_sets_in_arguments_results_and_functions(self):
+        api = self.start(Api, mode="process")
+        limits = self.limits()
+        self.assertEqual(api.use(limits).result(SAFETY)["slots"]["in_use"], 1)
+        api.keep(LimitSet([ResourceLimit("slots", 1)])).result(SAFETY)
+        gc.collect()                    # nobody else has that one
+        self.assertEqual(api.keep().result(SAFETY)["slots"]["granted"], 2)
+        pool = self.start(TaskWorker, mode="process", max_workers=2)
+
+        def use(n, limits=limits):
+            with limits.acquire():
+                return n
+        self.assertEqual(list(pool.map(use, range(5))), list(range(5)))
+        future = pool.submit(lambda: LimitSet([ResourceLimit("mine", 1)]))
+        self.assertRegex(str(pool.submit(use, 1, future).exception(SAFETY)), "no worker of")
+        self.assertRaisesRegex(RuntimeError, "no worker of", future.result(SAFETY).acquire)
+        self.assertEqual(limits.get_stats()["slots"]["granted"], 6)
+
+    def test_os_fork(self):
+        """Row 37: the limits are the parent's; there they go on."""
+        limits = self.limits()
+        pool = self.start(Mortal, mode="process", limits=limits)
+        self.assertEqual(pool.fork_and_acquire().result(SAFETY), 7)
+        with warnings.catch_warnings(), limits.acquire():
+            warnings.simplefilter("ignore", DeprecationWarning)         # of fork() beside threads
+            pid = os.fork()
+            if not pid:
+                try:
+                    limits.acquire()
+                except RuntimeError as error:
+                    os._exit(7 if "os.fork" in str(error) else 8)
+                finally:
+                    os._exit(9)
+            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 7)
+            self.assertEqual(in_use(limits)["slots"], 1)
+        pool.use().result(SAFETY)
+        self.assertEqual(in_use(limits)["slots"], 0)
+
+    def test_pickled_to_somewhere_else(self):
+        self.check_program('''
+            import concurry, pickle
+            limits = pickle.loads(bytes.fromhex(sys.argv[1]))
+            print(sorted(limits))
+            try: limits.acquire()
+            except RuntimeError as error: print(error)
+        ''', f"['slots', 'tokens']\n{concurry._OUT_OF_REACH}\n", pickle.dumps(self.limits()).hex())
+
+    def test_without_semaphores_and_shared_memory(self):
+        """Row 33."""
+        self.check_program('''
+            sys.modules["_multiprocessing"] = sys.modules["_posixshmem"] = None
+            import concurry
+            limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1), concurry.CallLimit(100, 60)])
+            def use(n, limits):
+                with limits.acquire(): return n
+            before = os.listdir("/dev/shm")
+            with concurry.TaskWorker.options(mode="process", max_workers=2, limits=limits).init(fn=use) as pool:
+                print(list(pool.map(range(20))), os.listdir("/dev/shm") == before)
+            print(limits.get_stats()["call_count"]["in_use"])
+        ''', f"{list(range(20))} True\n20\n")
+
+    def test_clocks_that_can_be_set_are_not_used(self):
+        """Row 28."""
+        self.assertIsNone(re.search(r"\btime\.(time|localtime|gmtime)\b|datetime", open_and_read(concurry.__file__)))
+
+    def test_verdicts_that_the_socket_does_not_take(self):
+        concurry._load_wire()
+        near, far = socket.socketpair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        far.settimeout(SAFETY)
+        watched = []
+        reader = types.SimpleNamespace(watch=lambda *args: watched.append(args), forget=watched.remove)
+        reader.forget = lambda connection: watched.clear()
+        lane = concurry._Lane(near, reader)
+        for number in range(1000):
+            lane.send(number, True, "x" * 100)
+        self.assertEqual(len(watched), 1)
+        far.setblocking(False)
+        inbox, numbers = concurry._Inbox(far, (concurry._VERDICT,)), []
+        while len(numbers) < 1000:
+            numbers += [concurry._loads(data)[0] for _, _, data, _ in inbox.receive()]
+            for _, _, flush in list(watched):
+                flush()
+        self.assertEqual((numbers, watched), (list(range(1000)), []))
+        lane.close()
+        far.close()
+
+    def test_turns_of_worker_processes_begin_with_each(self):
+        sets = [LimitSet([CallLimit(1000, 3600)], config={"n": n}) for n in range(3)]
+
+        def account(limits):
+            with limits.acquire() as acquired:
+                return acquired.config["n"]
+        pool = self.start(TaskWorker, init={"fn": account}, mode="process", max_workers=3, limits=sets)
+        self.assertEqual([pool().result(SAFETY) for _ in range(6)], [0, 1, 2, 1, 2, 0])
 
 
 # === Lifecycle ===
