@@ -1501,14 +1501,12 @@ _RATES = {
 
 # === Limits ===
 
-def _number(value, what):
-    """Return the value as an int or a float."""
-    if type(value) is int:
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+def _number(value, what, key=""):
+    """Return the value as an int or a float; `what` it is, of which limit, stands in the error."""
+    if type(value) in (int, float):
         return value
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{what} must be a number, not {value!r}")
+        raise TypeError(f"{what}{key and repr(key)} must be a number, not {value!r}")
     return value.__index__() if hasattr(value, "__index__") else float(value)
 
 
@@ -1539,7 +1537,7 @@ class Limit:
         """Return an amount to acquire; raise ValueError or TypeError if it never can be."""
         if type(n) is int and 0 <= n <= self.capacity:
             return n
-        n = _number(n, f"the amount of {self.key!r}")
+        n = _number(n, "the amount of ", self.key)
         if not 0 <= n < math.inf or self.is_whole and n != int(n):
             kind = "whole" if self.is_whole else "finite"
             raise ValueError(f"cannot acquire {n} of {self.key!r}: a {kind} number from 0 is needed")
@@ -1650,13 +1648,11 @@ class _Ticket:
     may_wait = True
     is_granted = is_refused = False
     is_over = False             # to be given back, or not wanted any more
-    is_closed = False           # and that is done
+    grants = None               # what it holds: [key, state, grant, amount], ...; None: nothing
     due = math.inf              # when it may be granted, if it is the first in line
     usage = None                # amounts really used, by key, as far as they have been told
     counted = None              # the `usage` that has been taken into account
     number = answer = None      # on its way to a home that is away, and what came back beside the verdict
-    parts = None                # what counts as used because of it, by key: [grant, amount], and again for what was
-                                # used beyond
 
     def __init__(self, wants):
         self.wants = wants      # amounts, by key
@@ -1720,16 +1716,14 @@ class _Desk:
 
     def _make_so(self, ticket, now):
         if ticket.is_granted:
-            if ticket.usage is not ticket.counted:
+            if ticket.usage is not ticket.counted and ticket.grants is not None:
                 self._correct(ticket, now)
             if ticket.is_over and self.held.pop(ticket, self) is None:
-                for key, parts in ticket.parts.items():
-                    for grant in parts[::2]:
-                        self.states[key].close(grant)
-                ticket.is_closed = True
+                for _, state, grant, _ in ticket.grants:
+                    state.close(grant)
+                ticket.grants = None
         elif ticket.is_over:
             self.line.pop(ticket, None)
-            ticket.is_closed = True
         elif self.line or self._grant(ticket, now):
             if ticket.may_wait:
                 self.line.setdefault(ticket)
@@ -1746,9 +1740,10 @@ class _Desk:
                 wait = delay
         if wait:
             return wait
-        ticket.parts = parts = {}
+        grants = []
         for key, n in ticket.wants.items():
-            parts[key] = [states[key].take(n, now), n]
+            grants.append([key, states[key], states[key].take(n, now), n])
+        ticket.grants = grants
         self.held[ticket] = None
         ticket.is_granted = True
         if ticket.bell is not None:
@@ -1782,16 +1777,20 @@ class _Desk:
     def _correct(self, ticket, now):
         """Count what was really used instead of what was acquired."""
         for key, n in ticket.usage.items():
-            state, parts = self.states[key], ticket.parts.setdefault(key, [])
-            more = n - sum(parts[1::2])
+            more = n
+            for part in ticket.grants:
+                if part[0] == key:
+                    more -= part[3]
             if more > 0:
+                state = self.states[key]
                 state.delay(0, now)
-                parts += state.take(more, now), more
-            for index in range(len(parts) - 1, 0, -2) if more < 0 else ():
-                back = min(parts[index], -more)
-                parts[index] -= back    # first: better lost than given back twice
-                state.give(parts[index - 1], back, now)
-                more += back
+                ticket.grants.append([key, state, state.take(more, now), more])
+            for part in reversed(ticket.grants) if more < 0 else ():
+                if part[0] == key:
+                    back = min(part[3], -more)
+                    part[3] -= back         # first: better lost than given back twice
+                    part[1].give(part[2], back, now)
+                    more += back
         ticket.counted = ticket.usage
 
     def _recover(self, ticket):
@@ -2059,12 +2058,14 @@ class _Acquisition:
             limit = self._limits._limits.get(key)
             if limit is None:
                 self._limits._warn_unknown(key, 3)
-            elif not 0 <= _number(n, f"the usage of {key!r}") < math.inf:
+                continue
+            n = _number(n, "the usage of ", key)
+            if not 0 <= n < math.inf:
                 raise ValueError(f"usage {n!r} of {key!r} is not possible: a number from 0")
-            elif isinstance(limit, RateLimit):
-                told[key] = _number(n, key)
-                if told[key] > ticket.wants.get(key, 0):
-                    over[key] = told[key]
+            if limit.free_of_update < math.inf:         # else there is nothing to correct: a resource
+                told[key] = n
+                if n > ticket.wants.get(key, 0):
+                    over[key] = n
         ticket.usage = told
         self._home.attend(ticket)
         if over:
@@ -2121,7 +2122,7 @@ class _Held(_Acquisition):
 
     def __del__(self):
         ticket = getattr(self, "_ticket", None)
-        if ticket is not None and not ticket.is_closed:
+        if ticket is not None and ticket.grants is not None:
             ticket.is_over = True
             self._home.attend(ticket)
 
@@ -5481,6 +5482,8 @@ class _Upstream:
     def _tell(self, ticket, is_granted, answer):
         if ticket is not None:
             ticket.answer = answer
+            if is_granted:
+                ticket.grants = ()              # at its home
             ticket.is_granted, ticket.is_refused = is_granted, not is_granted
             ticket.ring()
 
@@ -5521,7 +5524,8 @@ class _Away:
             _upstream.tickets.pop(ticket.number, None)
         _upstream.send(_message(_TICKET, _dumps(
             (ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))))
-        ticket.is_closed = is_over
+        if is_over:
+            ticket.grants = None
 
     def wait_for_verdict(self, ticket):
         """Sleep until it is granted or refused; RuntimeError when that cannot be found out."""
