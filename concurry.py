@@ -39,7 +39,7 @@ __all__ = [
     "WorkerDiedError", "__version__", "as_completed", "async_gather", "async_wait", "gather",
     "global_config", "task", "wait", "worker", "wrap_future",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import atexit
 import bisect
@@ -6182,6 +6182,11 @@ class _Handle:
         """
         self._pool.shutdown(wait, cancel_futures)
 
+    @property
+    def limits(self):
+        """What `self.limits` is in all its workers: a LimitSet or a LimitPool."""
+        return self._pool.recipe.limits
+
     def get_pool_stats(self):
         """Return a dict: workers, restarts, calls dispatched and how they are spread."""
         return self._pool.stats()
@@ -6241,9 +6246,8 @@ def _option_reader(name):
     return lambda self: getattr(self._pool.options, name)
 
 
-for _name in _OPTIONS:
+for _name in _OPTIONS.keys() - {"limits"}:
     setattr(_Handle, _name, property(_option_reader(_name), doc=f"The option {_name}."))
-_Handle.limits = property(lambda self: self._pool.recipe.limits, doc="The limits that all its workers share.")
 
 
 def _check_method(cls, name, others=()):
@@ -6649,7 +6653,7 @@ class TaskWorker(Worker):
 
 
 def _parameter_place(fn, name, optional):
-    """Return how many positional arguments come before this parameter, required or `optional`; None if there is none."""
+    """Return how many positional arguments come before a parameter, required or `optional`; None if there is none."""
     code = getattr(fn, "__code__", None)
     if fn is None or code is not None and name not in code.co_varnames:
         return None

@@ -1217,6 +1217,8 @@ WINDOWS = [10 ** 6, 10 ** 9, 60 * 10 ** 9, 7 * 86400 * 10 ** 9, 13]       # nano
 class RateTests(CleanTestCase):
     """The five algorithms, without waiting."""
 
+    steps = 20_000              # a million in .ci/fuzz.py
+
     def check_schedules(self, algorithm, capacities, seeds):
         for seed in range(seeds):
             rng = random.Random(seed)
@@ -1231,7 +1233,7 @@ class RateTests(CleanTestCase):
         for algorithm, kind in concurry._RATES.items():
             for capacity, n in ((1000, 1), (0.3, 0.1), (7.7, 1.1)):
                 with self.subTest(algorithm, capacity=capacity):
-                    state, now, steps = kind(capacity, 10 ** 9), 10 ** 15, 20_000
+                    state, now, steps = kind(capacity, 10 ** 9), 10 ** 15, self.steps
                     for _ in range(steps):
                         delay = state.delay(n, now)
                         now += delay
