@@ -47,6 +47,7 @@ import builtins
 import collections.abc
 import concurrent.futures
 import contextvars
+import copy
 import enum
 import functools
 import heapq
@@ -1728,6 +1729,7 @@ class _Desk:
             if ticket.may_wait:
                 self.line.setdefault(ticket)
             else:
+                self.line.pop(ticket, None)
                 ticket.is_refused = True
                 self._ring(ticket)
 
@@ -1766,7 +1768,7 @@ class _Desk:
                 self.todo.popleft()
                 continue
             ticket = next(iter(self.line))
-            wait = 0 if ticket.is_granted else self._grant(ticket, now)
+            wait = self._ring(ticket) if ticket.is_granted else self._grant(ticket, now)
             if wait:
                 if ticket.due != now + wait:
                     ticket.due = now + wait
@@ -1832,6 +1834,8 @@ def _drop(home, ticket):
 
 _STALLS = ("acquire() would have to wait here, and stall the event loop that it is called on: "
            "write `async with limits.async_acquire(...)`")
+_INTERRUPTS = ("limits cannot be acquired here: this is a signal handler or a finalizer, and has interrupted its own "
+               "thread just while that acquired or gave back; try_acquire() does not wait")
 _sets = weakref.WeakValueDictionary()       # by token: what processes know a set by
 
 
@@ -1886,9 +1890,7 @@ class LimitSet:
         """
         if not self._limits:
             return self._free
-        if timeout is not None:
-            _number_of_seconds(timeout)
-        wants, owed = self._plan(requested)
+        wants, owed = self._plan(requested, timeout)
         home, ticket = self._home, _Ticket(wants)
         if home.is_far and _would_stall():
             acquired = self._try(home, ticket, owed)
@@ -1918,7 +1920,7 @@ class LimitSet:
         """
         if not self._limits:
             return self._free
-        return _AsyncAcquire(functools.partial(self._acquire_async, *self._plan(requested), timeout))
+        return _AsyncAcquire(functools.partial(self._acquire_async, *self._plan(requested, timeout), timeout))
 
     def get_stats(self):
         """Return by key a dict of what the limit is, and `in_use`, `available`, `waiting` requests, amount `granted`.
@@ -1928,8 +1930,10 @@ class LimitSet:
         stats = self._home.stats() if self._limits else {}
         return {key: {**vars(limit), **stats[key]} for key, limit in self._limits.items()}
 
-    def _plan(self, requested):
-        """Return the amounts to acquire, as pairs, and the keys of which the usage has to be told."""
+    def _plan(self, requested, timeout=None):
+        """Return the amounts to acquire, by key, and the keys of which the usage has to be told."""
+        if timeout is not None:
+            _number_of_seconds(timeout)
         if requested is None:
             return self._automatic, ()
         if type(requested) is not dict and not isinstance(requested, collections.abc.Mapping):
@@ -1971,6 +1975,8 @@ class LimitSet:
             raise
 
     def _wait(self, home, ticket, timeout):
+        if not home.is_far and ticket in home.todo:
+            raise RuntimeError(_INTERRUPTS)
         if _would_stall() and (timeout is None or timeout > 0):
             raise RuntimeError(_STALLS)
         ticket.bell = _Bell()
@@ -1993,15 +1999,18 @@ class LimitSet:
         """Yield the seconds to sleep on the bell, None: until it rings, while the ticket is not granted."""
         deadline = _deadline(timeout)
         while not ticket.is_granted:
-            left, due = _left(deadline), home.seconds_until(ticket.due)
             if ticket.is_refused:
-                raise RuntimeError(ticket.answer)
+                raise RuntimeError(ticket.answer) if ticket.answer else \
+                    _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
+            left, due = _left(deadline), home.seconds_until(ticket.due)
             if due <= 0:
                 home.attend(ticket)
-            elif left == 0:
-                raise _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
+            elif left == 0 and ticket.may_wait:
+                ticket.may_wait = False         # its home decides, now
+                home.attend(ticket)
             else:
-                yield min(due, _NEVER if left is None else left) if left is not None or due < _NEVER else None
+                wait = due if not left else min(left, due)
+                yield None if wait == _NEVER else wait
 
     def __getitem__(self, key):
         return self._limits[key]
@@ -4602,7 +4611,10 @@ def _worker_main(connection):
         _settle_in(*_loads(data, buffers))
         kind, _, data, buffers = _receive(connection)
         try:
-            recipe = recipe or _load(data, buffers)
+            if recipe is None:
+                recipe = _load(data, buffers)
+            elif isinstance(recipe.limits, LimitPool):
+                recipe.limits = copy.copy(recipe.limits)        # with a round of its own
             global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
             runner = _Runner(recipe)
         except BaseException as error:
@@ -5454,17 +5466,18 @@ class _Upstream:
         lane.setblocking(False)
 
     def send(self, message):
-        """Send the parts of a message, after those of others; return when it is sent."""
+        """Send the parts of a message, after those of others; return when it is sent, or False if it will be."""
         self.outbox.append(message)
         with self.lock:
             if self.is_sending:         # in this thread, which a finalizer interrupts: it goes on with this one
-                return
+                return False
             self.is_sending = True
             try:
                 while self.outbox:
                     _send_all(self.connection, self.outbox.popleft())
             finally:
                 self.is_sending = False
+        return True
 
     def listen(self):
         """Have verdicts heard from now on."""
@@ -5522,10 +5535,12 @@ class _Away:
         is_over = ticket.is_over
         if is_over:
             _upstream.tickets.pop(ticket.number, None)
-        _upstream.send(_message(_TICKET, _dumps(
+        is_sent = _upstream.send(_message(_TICKET, _dumps(
             (ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))))
         if is_over:
             ticket.grants = None
+        elif not is_sent:
+            raise RuntimeError(_INTERRUPTS)
 
     def wait_for_verdict(self, ticket):
         """Sleep until it is granted or refused; RuntimeError when that cannot be found out."""
@@ -5549,12 +5564,11 @@ class _Away:
 class _Guest:
     """A worker's ticket in this process, and its bell: rung, it sends the verdict or sets an alarm."""
 
-    def __init__(self, link, reader, number, home, wants, may_wait):
+    def __init__(self, link, reader, number, home, wants):
         self.link, self.reader, self.number, self.home = link, reader, number, home
         self.alarm = math.inf           # when the earliest one that is set will ring
         self.ticket = _Ticket(wants)
         self.ticket.bell = self
-        self.ticket.may_wait = may_wait
         self.is_told = False
 
     @classmethod
@@ -5566,8 +5580,8 @@ class _Guest:
             if wants is None or home.is_far and _upstream is None:
                 link.lane.send(number, False, _OUT_OF_REACH if home.is_far and _upstream is None else home.stats())
                 return
-            guest = link.guests[number] = cls(link, reader, number, home, wants, may_wait)
-        guest.ticket.usage = usage
+            guest = link.guests[number] = cls(link, reader, number, home, wants)
+        guest.ticket.usage, guest.ticket.may_wait = usage, may_wait
         if is_over:
             guest.leave()
         else:

@@ -1548,6 +1548,7 @@ class LineTests(LimitCase):
                 reached = True
                 self.end(limits, first)         # as `release` is called again by whoever clears up
             self.assertEqual(self.granted(*others), [True, False], at)
+            self.assertGreaterEqual(others[0].bell.rings, 1, at)
             self.assertEqual(self.in_use(limits)["c"], 1, at)
             self.end(limits, *others)
             self.assertEqual((self.in_use(limits)["c"], home.held, len(home.line), home.is_busy), (0, {}, 0, False))
@@ -4142,7 +4143,14 @@ class LimitedTaskTests(CleanTestCase):
         """A finalizer that comes in the middle of `attend`, of this very thread: it is not waited for."""
         limits = LimitSet([ResourceLimit("slots", 1)])
         home, seen = limits._home, []
-        home.clock = lambda: seen or seen.append(limits.try_acquire().successful) or 5
+
+        def clock():
+            if not seen:
+                seen.append(limits.try_acquire().successful)
+                with self.assertRaisesRegex(RuntimeError, "interrupted its own thread"):
+                    limits.acquire()
+            return 5
+        home.clock = clock
         with limits.acquire():
             self.assertEqual(seen, [False])
         self.assertEqual(in_use(limits), {"slots": 0})
@@ -5982,12 +5990,17 @@ class Mortal(Worker):
 
     def timeouts(self):
         errors = []
-        for timeout in (0, 0.01):
+        for timeout in (0, 1e-9, 0.01):
             try:
                 self.limits.acquire(timeout=timeout)
             except concurrent.futures.TimeoutError as error:
                 errors.append(str(error))
         return len(errors), self.limits.try_acquire().successful
+
+    def no_time(self):
+        for timeout in (0, -1, 1e-9):
+            with self.limits.acquire(timeout=timeout):
+                pass
 
     def fork_and_acquire(self):
         pid = os.fork()
@@ -6113,9 +6126,10 @@ class FarLimitTests(ProgramCase):
         self.assertFalse(tried)
         self.assertIn("async with limits.async_acquire", message)
         with limits.acquire({"slots": 2}):
-            self.assertEqual(pool.timeouts().result(SAFETY), (2, False))
+            self.assertEqual(pool.timeouts().result(SAFETY), (3, False))
+        pool.no_time().result(SAFETY)           # what is there is granted all the same
         stats = limits.get_stats()["slots"]
-        self.assertEqual((stats["in_use"], stats["waiting"], stats["granted"]), (0, 0, 244))
+        self.assertEqual((stats["in_use"], stats["waiting"], stats["granted"]), (0, 0, 247))
 
     def test_pools_inside_workers(self):
         for method in START_METHODS:
@@ -6238,8 +6252,9 @@ class FarLimitTests(ProgramCase):
         def account(limits):
             with limits.acquire() as acquired:
                 return acquired.config["n"]
-        pool = self.start(TaskWorker, init={"fn": account}, mode="process", max_workers=3, limits=sets)
-        self.assertEqual([pool().result(SAFETY) for _ in range(6)], [0, 1, 2, 1, 2, 0])
+        for method in START_METHODS:
+            pool = self.start(TaskWorker, init={"fn": account}, mode="process", mp_context=method, max_workers=3, limits=sets)
+            self.assertEqual([pool().result(SAFETY) for _ in range(6)], [0, 1, 2, 1, 2, 0], method)
 
 
 # === Lifecycle ===

@@ -112,6 +112,25 @@ def replacement_of_an_idle_one(method):
         return time.perf_counter() - began
 
 
+def slot_of_the_dead(method):
+    """From the kill of a worker that holds the only slot until another thread has it."""
+    limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
+
+    def hold(limits):
+        with limits.acquire():
+            time.sleep(100)
+    with concurry.TaskWorker.options(mode="process", mp_context=method).init() as pool:
+        pid = pool.submit(os.getpid).result()
+        future = pool.submit(hold, limits)
+        seconds_until(lambda: limits.get_stats()["slots"]["in_use"])
+        began = time.perf_counter()
+        os.kill(pid, signal.SIGKILL)
+        limits.acquire(timeout=20).release()
+        span = time.perf_counter() - began
+        assert isinstance(future.exception(20), concurry.WorkerDiedError)
+        return span
+
+
 def stop_beyond_its_timeout(method, timeout=0.5):
     path = f"/tmp/concurry-bounds-{os.getpid()}"
     os.mkfifo(path)
@@ -134,6 +153,7 @@ def main():
             for method in METHODS for row, name, bound, measure in (
                 (1, "death in a task", 1, death_in_a_task),
                 (2, "idle worker replaced", 1, replacement_of_an_idle_one),
+                (14, "slot of a dead worker", 1, slot_of_the_dead),
                 (18, "stop, beyond its timeout", 1, stop_beyond_its_timeout),
                 (22, "TERM to the parent", 1, lambda m: parent_ends(m, "idle", signal.SIGTERM)),
                 (23, "KILL to the parent, idle", 2, lambda m: parent_ends(m, "idle", signal.SIGKILL)),
