@@ -1130,39 +1130,38 @@ over_modes(globals(), [UnwrapHereTests], ["sync", "thread", "asyncio"])
 # === Rate arithmetic ===
 
 class RateModel:
-    """The promise of an algorithm, looked up in the whole history each time."""
+    """The promise of an algorithm, looked up in the whole history each time; amounts times nanoseconds, exact."""
 
     def __init__(self, algorithm, capacity, window):
-        self.algorithm, self.capacity, self.window = algorithm, capacity, window
+        self.capacity = capacity if type(capacity) is int else fractions.Fraction(capacity)
+        self.excess = getattr(self, algorithm.value)        # (n, now): what n more would be beyond what is promised
+        self.window = window
         self.history = []               # [time, amount]
 
-    def excess(self, n, now):
-        """Return what n more would be beyond what is promised."""
-        return getattr(self, self.algorithm.value)(n, now) - (0 if self.algorithm.value == "leaky_bucket" else self.capacity)
-
     def sliding_window(self, n, now):
-        return sum(amount for when, amount in self.history if when > now - self.window) + n
+        return (sum(amount for when, amount in self.history if when > now - self.window) + n - self.capacity) * self.window
 
     def fixed_window(self, n, now):
-        if not self.history:
-            return n
-        first = self.history[0][0]
+        first = self.history[0][0] if self.history else now
         begin = first + (now - first) // self.window * self.window
-        return sum(amount for when, amount in self.history if when >= begin) + n
+        return (sum(amount for when, amount in self.history if when >= begin) + n - self.capacity) * self.window
 
-    def token_bucket(self, n, now):
+    def debt(self, now):
         """In every span that ends now: what was granted, less what the rate has brought since it began."""
         debt = since = 0
         for when, amount in reversed(self.history):
-            since += amount
-            debt = max(debt, since - fractions.Fraction(self.capacity) * (now - when) / self.window)
-        return debt + n
+            since += amount * self.window
+            debt = max(debt, since - self.capacity * (now - when))
+        return debt
+
+    def token_bucket(self, n, now):
+        return self.debt(now) + (n - self.capacity) * self.window
 
     gcra = token_bucket
 
     def leaky_bucket(self, n, now):
         whole = self.capacity * self.window
-        return self.token_bucket(0, now) - fractions.Fraction(whole // 100 if type(whole) is int else whole / 100) / self.window
+        return self.debt(now) - (whole // 100 if type(whole) is int else whole / 100)
 
 
 def rate_schedule(choose, algorithm, capacity, window, steps):
@@ -1172,7 +1171,7 @@ def rate_schedule(choose, algorithm, capacity, window, steps):
     """
     state, model = concurry._RATES[algorithm](capacity, window), RateModel(algorithm, capacity, window)
     exact = type(capacity) is int
-    slack = 0 if exact else capacity * 1e-9
+    slack = 0 if exact else capacity * window * 1e-9
     amounts = [1, capacity, max(1, capacity // 3)] if exact else [capacity, capacity / 3, capacity * 0.1]
     now, open_grants, refunded = choose([0, 10 ** 15 + 7]), [], False
     for _ in range(steps):
@@ -1189,13 +1188,13 @@ def rate_schedule(choose, algorithm, capacity, window, steps):
             assert delay == 0 or not exact or refunded and algorithm.value == "sliding_window", "waits too little"
             assert delay == 0 or model.excess(n, now + delay - 1) > -slack, "waits too long"
         if delay == 0:
-            model.history.append([now, n])
+            model.history.append([now, n if exact else fractions.Fraction(n)])
             open_grants.append([state.take(n, now), model.history[-1], n])
         if open_grants and choose([True, False]):
             grant = choose(open_grants)
             back = choose([grant[2], grant[2] // 2 if exact else grant[2] / 2])
             state.give(grant[0], back, now)
-            grant[1][1] -= back
+            grant[1][1] -= back if exact else fractions.Fraction(back)
             grant[2] -= back
             refunded = True
             if choose([True, False]):
@@ -1205,8 +1204,8 @@ def rate_schedule(choose, algorithm, capacity, window, steps):
             n = choose([*amounts, 3 * capacity])
             state.delay(0, now)
             state.close(state.take(n, now))
-            model.history.append([now, n])
-        assert -slack <= state.used(now)
+            model.history.append([now, n if exact else fractions.Fraction(n)])
+        assert -slack <= state.used(now) * window
         assert 0 <= state.room(now) <= capacity
     return state
 
