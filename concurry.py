@@ -253,6 +253,10 @@ _SETTINGS = {
 }
 
 
+class _Reason(Exception):
+    """Why a value is not possible, where that takes more than to tell what is expected."""
+
+
 def _parse(name, value, known=_OPTIONS):
     """Return the option's value in its own type, or raise a TypeError or ValueError that helps."""
     if name not in known:
@@ -260,6 +264,8 @@ def _parse(name, value, known=_OPTIONS):
     read, expected = known[name]
     try:
         return read(value)
+    except _Reason as reason:
+        raise ValueError(f"{name}={value!r} is not possible: {reason}") from None
     except (TypeError, ValueError, KeyError, OverflowError):
         raise ValueError(f"{name}={value!r} is not possible: {expected}") from None
 
@@ -788,8 +794,9 @@ class _Bell:
             self.lock.release()
         except RuntimeError:                # it is awake
             return False
-        if self.wake_loop is not None:
-            self.wake_loop()
+        wake_loop = self.wake_loop
+        if wake_loop is not None:
+            wake_loop()
         return True
 
     def sleep(self, timeout):
@@ -1222,6 +1229,12 @@ class _Rate:
     def used(self, now):
         """Return how much counts as used."""
 
+    def recount(self):
+        """Make the sums anew: an exception may have come between two of them."""
+
+    def hold(self, n):
+        """Count n that are held again after `recount`, where it is not known what is."""
+
     def room(self, now):
         """Return how much could be taken now."""
         return min(self.capacity, max(0, self.capacity - self.used(now)))
@@ -1248,19 +1261,21 @@ class _SlidingWindow(_Rate):
         log, first, end = self.log, self.first, now - self.window
         if not log or log[first][1] > end:
             return
+        total = self.total
         while first < len(log) and log[first][1] <= end:
-            self.total -= log[first][2]
+            total -= log[first][2]
             first += 1
-        self.first = first
+        self.first, self.total = first, total
         if first == len(log):
             self.clear()
         elif first > 64 and first * 2 > len(log):
-            self.shorten()
+            self.recount()
 
-    def shorten(self):
+    def recount(self):
         """Give memory back, and sum up anew: what rounding has done to the sums does not pile up."""
-        self.log, self.first = self.log[self.first:], 0
-        for entry, total in zip(self.log, itertools.accumulate(entry[2] for entry in self.log)):
+        self.log, self.first, total = self.log[self.first:], 0, 0
+        for entry in self.log:
+            total += entry[2]
             entry[0] = total
         self.total = math.fsum(entry[2] for entry in self.log) if type(total) is float else total
 
@@ -1414,6 +1429,9 @@ class _TokenBucket(_Rate):
                 self.join_below(index)
             index -= 1
 
+    def recount(self):
+        self.debt = sum(part[1] for part in self.parts)
+
     def close(self, number):
         parts = self.parts
         index = bisect.bisect_left(parts, [number])
@@ -1487,6 +1505,12 @@ class _Slots(_Rate):
     def close(self, n):
         self.total -= n
 
+    def recount(self):
+        self.total = 0
+
+    def hold(self, n):
+        self.total += n
+
     def used(self, now):
         return self.total
 
@@ -1502,18 +1526,21 @@ _RATES = {
 
 # === Limits ===
 
+_LARGEST = 1e100                # of amounts, capacities and windows: their products are finite
+
+
 def _number(value, what, key=""):
-    """Return the value as an int or a float; `what` it is, of which limit, stands in the error."""
+    """Return the value as an int or a float, no subclass; `what` it is, of which limit, stands in the error."""
     if type(value) in (int, float):
         return value
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{what}{key and repr(key)} must be a number, not {value!r}")
-    return value.__index__() if hasattr(value, "__index__") else float(value)
+    return int(value.__index__()) if hasattr(value, "__index__") else float(value)
 
 
 def _positive(value, what, expected="a number above 0"):
     number = _number(value, what)
-    if not 0 < number <= 1e300 and number != math.inf:      # NaN is neither
+    if not 0 < number <= _LARGEST and number != math.inf:   # NaN is neither
         raise ValueError(f"{what}={value!r} is not possible: {expected}")
     return number
 
@@ -1530,6 +1557,8 @@ class Limit:
     free_of_update = math.inf       # of more than so many it has to be told how many were used
 
     def __init__(self, key, capacity):
+        if type(self) is Limit:
+            raise TypeError("a Limit is a RateLimit, a CallLimit or a ResourceLimit: make one of those")
         if not isinstance(key, str):
             raise TypeError(f"the key of a limit must be a string, not {key!r}")
         self.__dict__.update(key=key, capacity=_positive(capacity, "capacity"))
@@ -1539,7 +1568,7 @@ class Limit:
         if type(n) is int and 0 <= n <= self.capacity:
             return n
         n = _number(n, "the amount of ", self.key)
-        if not 0 <= n < math.inf or self.is_whole and n != int(n):
+        if not 0 <= n <= _LARGEST or self.is_whole and n != int(n):
             kind = "whole" if self.is_whole else "finite"
             raise ValueError(f"cannot acquire {n} of {self.key!r}: a {kind} number from 0 is needed")
         if n > self.capacity:
@@ -1650,7 +1679,8 @@ class _Ticket:
     is_granted = is_refused = False
     is_over = False             # to be given back, or not wanted any more
     grants = None               # what it holds: [key, state, grant, amount], ...; None: nothing
-    due = math.inf              # when it may be granted, if it is the first in line
+    loop = None                 # the event loop that it waits on
+    due = math.inf              # when the first in line may be granted, if this one has to look to it
     usage = None                # amounts really used, by key, as far as they have been told
     counted = None              # the `usage` that has been taken into account
     number = answer = None      # on its way to a home that is away, and what came back beside the verdict
@@ -1683,6 +1713,7 @@ class _Desk:
         self.states = {limit.key: limit._state() for limit in limits}
         self.clock = clock
         self.line = collections.OrderedDict()   # tickets that wait
+        self.keepers = {}                       # the same, by the event loop that they wait on; None: on none
         self.held = {}                          # tickets that were granted and are not over
         self.todo = collections.deque()         # tickets that others have left here
         self.lock = threading.RLock()
@@ -1705,6 +1736,8 @@ class _Desk:
                 raise
             finally:
                 self.is_busy = False
+            if self.todo:               # left by a handler that came just before
+                self.attend(self.todo.popleft())
 
     def _is_within(self):
         """Tell whether `attend` is being carried out further up this stack: it may have been left by an exception."""
@@ -1724,12 +1757,13 @@ class _Desk:
                     state.close(grant)
                 ticket.grants = None
         elif ticket.is_over:
-            self.line.pop(ticket, None)
+            self._leave_line(ticket)
         elif self.line or self._grant(ticket, now):
             if ticket.may_wait:
                 self.line.setdefault(ticket)
+                self.keepers.setdefault(ticket.loop, collections.OrderedDict()).setdefault(ticket)
             else:
-                self.line.pop(ticket, None)
+                self._leave_line(ticket)
                 ticket.is_refused = True
                 self._ring(ticket)
 
@@ -1760,8 +1794,19 @@ class _Desk:
             ticket.withdraw()
             self.todo.append(ticket)
 
+    def _leave_line(self, ticket):
+        if self.line.pop(ticket, self) is None:
+            waiting = self.keepers[ticket.loop]
+            waiting.pop(ticket, None)
+            if not waiting:
+                del self.keepers[ticket.loop]
+
     def _work_off(self, now):
-        """Do what others have left, then grant from the head of the line on; the first that has to wait is told."""
+        """Do what others have left, then grant from the head of the line on.
+
+        When that has to wait until some time, the first on each event loop, and the first on none, keep the time: one
+        loop may be busy or stopped, and all would wait for it.
+        """
         while self.todo or self.line:
             if self.todo:
                 self._make_so(self.todo[0], now)
@@ -1770,11 +1815,15 @@ class _Desk:
             ticket = next(iter(self.line))
             wait = self._ring(ticket) if ticket.is_granted else self._grant(ticket, now)
             if wait:
-                if ticket.due != now + wait:
-                    ticket.due = now + wait
-                    self._ring(ticket)
-                return
-            self.line.pop(ticket, None)
+                for waiting in list(self.keepers.values()):
+                    keeper = next(iter(waiting))
+                    if keeper.due != now + wait:
+                        keeper.due = now + wait
+                        self._ring(keeper)
+                if not self.todo:
+                    return
+            else:
+                self._leave_line(ticket)
 
     def _correct(self, ticket, now):
         """Count what was really used instead of what was acquired."""
@@ -1798,21 +1847,30 @@ class _Desk:
     def _recover(self, ticket):
         """Go on after an exception of a signal handler, which may have come in the middle of anything."""
         for state in self.states.values():
-            if type(state) is _Slots:
-                state.total = 0
+            state.recount()
         for held in self.held:
             held.is_granted = True
+            self._ring(held)
             for key, n in held.wants.items():
-                if type(self.states[key]) is _Slots:
-                    self.states[key].total += n
+                self.states[key].hold(n)
+        self.keepers = {}
+        for waiting in self.line:
+            self.keepers.setdefault(waiting.loop, collections.OrderedDict())[waiting] = None
         self.todo.append(ticket)
-        self._work_off(self.clock())
+        try:
+            self._work_off(self.clock())
+        except Exception:
+            if self.todo:
+                self.todo.popleft()         # what raises twice would do so for everybody who comes
+            raise
 
     def seconds_until(self, due):
         return (due - self.clock()) / 1_000_000_000
 
     def stats(self):
         with self.lock:
+            if self.is_busy and self._is_within():
+                raise RuntimeError(_INTERRUPTS)
             now, waiting = self.clock(), collections.Counter(key for ticket in self.line for key in ticket.wants)
             return {key: {"capacity": state.capacity, "in_use": state.used(now), "available": state.room(now),
                           "waiting": waiting[key], "granted": state.granted}
@@ -1826,6 +1884,10 @@ def _would_stall():
     return loop is not None and loop not in _private_loops
 
 
+def _do_nothing(ticket):
+    pass
+
+
 def _drop(home, ticket):
     """Have a request forgotten: nobody will use what it was granted."""
     ticket.withdraw()
@@ -1834,8 +1896,8 @@ def _drop(home, ticket):
 
 _STALLS = ("acquire() would have to wait here, and stall the event loop that it is called on: "
            "write `async with limits.async_acquire(...)`")
-_INTERRUPTS = ("limits cannot be acquired here: this is a signal handler or a finalizer, and has interrupted its own "
-               "thread just while that acquired or gave back; try_acquire() does not wait")
+_INTERRUPTS = ("limits cannot be acquired or looked at here: this is a signal handler or a finalizer, and has "
+               "interrupted its own thread just while that acquired or gave back; try_acquire() does not wait")
 _sets = weakref.WeakValueDictionary()       # by token: what processes know a set by
 
 
@@ -1851,6 +1913,7 @@ class LimitSet:
     Threads, event loops and worker processes may use one set at the same time: it lives where it
     was made, and processes that it was given to ask there. Who has to wait is served in order of
     arrival, however much he wants; nothing polls. A worker process that dies gives back what it held.
+    A set that went to a process with a call lives at least as long as that pool.
 
     limits: Limit objects with different keys; without any, everything is granted at once.
     config: a mapping for whoever acquires, as `.config`: which account this is, say.
@@ -1895,7 +1958,7 @@ class LimitSet:
         if home.is_far and _would_stall():
             acquired = self._try(home, ticket, owed)
             if not acquired.successful:
-                raise RuntimeError(_STALLS)
+                raise RuntimeError(_STALLS) if timeout is None or timeout > 0 else self._timeout(ticket, timeout)
             return acquired
         try:
             home.attend(ticket)
@@ -1951,6 +2014,14 @@ class LimitSet:
                 del wants[key]
         return wants, owed
 
+    def _check(self, wants, usage):
+        """Raise a KeyError, TypeError or ValueError for what no LimitSet would ask: a worker may be out of its mind."""
+        for key, n in (wants or {}).items():
+            self._limits[key]._amount(n)
+        for key, n in (usage or {}).items():
+            if key not in self._limits or not 0 <= n <= _LARGEST:
+                raise ValueError(f"usage {n!r} of {key!r}")
+
     def _warn_unknown(self, key, level):
         if key not in self._warned:
             self._warned.add(key)
@@ -1977,6 +2048,9 @@ class LimitSet:
     def _wait(self, home, ticket, timeout):
         if not home.is_far and ticket in home.todo:
             raise RuntimeError(_INTERRUPTS)
+        if _here.reader is not None:
+            raise RuntimeError("acquire() would have to wait here, in a done-callback on the thread that brings the "
+                               "answers of worker processes: acquire in the call itself, or submit one that does")
         if _would_stall() and (timeout is None or timeout > 0):
             raise RuntimeError(_STALLS)
         ticket.bell = _Bell()
@@ -1984,8 +2058,9 @@ class LimitSet:
             ticket.bell.sleep(seconds)
 
     async def _acquire_async(self, wants, owed, timeout):
+        import asyncio
         home, ticket = self._home, _Ticket(wants)
-        ticket.bell = _Bell()
+        ticket.bell, ticket.loop = _Bell(), asyncio.get_running_loop()
         try:
             home.attend(ticket)
             for seconds in self._steps(home, ticket, timeout):
@@ -1995,13 +2070,16 @@ class LimitSet:
             _drop(home, ticket)
             raise
 
+    @staticmethod
+    def _timeout(ticket, timeout):
+        return _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
+
     def _steps(self, home, ticket, timeout):
         """Yield the seconds to sleep on the bell, None: until it rings, while the ticket is not granted."""
         deadline = _deadline(timeout)
         while not ticket.is_granted:
             if ticket.is_refused:
-                raise RuntimeError(ticket.answer) if ticket.answer else \
-                    _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
+                raise RuntimeError(ticket.answer) if ticket.answer else self._timeout(ticket, timeout)
             left, due = _left(deadline), home.seconds_until(ticket.due)
             if due <= 0:
                 home.attend(ticket)
@@ -2060,6 +2138,8 @@ class _Acquisition:
         if ticket.is_over:
             raise RuntimeError("update() comes too late: this acquisition has ended" if ticket.is_granted else
                                "nothing was acquired: ask .successful before the limited thing is used")
+        if usage is not None and not isinstance(usage, collections.abc.Mapping):
+            raise TypeError(f"usage must be a dict such as {{'tokens': 100}}, not {usage!r}")
         if usage is None:
             usage = {key: ticket.wants.get(key, 0) for key in self._owed}
         told, over = dict(ticket.usage or ()), {}
@@ -2069,7 +2149,7 @@ class _Acquisition:
                 self._limits._warn_unknown(key, 3)
                 continue
             n = _number(n, "the usage of ", key)
-            if not 0 <= n < math.inf:
+            if not 0 <= n <= _LARGEST:
                 raise ValueError(f"usage {n!r} of {key!r} is not possible: a number from 0")
             if limit.free_of_update < math.inf:         # else there is nothing to correct: a resource
                 told[key] = n
@@ -2151,6 +2231,8 @@ class _AsyncAcquire:
 
     async def __aexit__(self, *exc_info):
         self._acquired.__exit__(*exc_info)
+
+    __reduce__ = _Acquisition.__reduce__
 
 
 class _Free:
@@ -2280,11 +2362,16 @@ def _read_limits(value):
     """Read the option: what is given stays a description until a worker is made."""
     if value is None or isinstance(value, (LimitSet, LimitPool)):
         return value
+    if type(value).__name__ in ("LimitSet", "LimitPool"):
+        raise _Reason(f"it belongs to {type(value).__module__}, another copy of this module")
     limits = (value,) if isinstance(value, Limit) else tuple(value)
-    if limits and isinstance(limits[0], LimitSet):
-        LimitPool(limits)
-    else:
-        LimitSet(limits)
+    try:
+        if limits and isinstance(limits[0], LimitSet):
+            LimitPool(limits)
+        else:
+            LimitSet(limits)
+    except ValueError as error:
+        raise _Reason(error) from None
     return limits
 
 
@@ -2298,10 +2385,18 @@ def _limits_for_worker(option):
 
 
 _UNLIMITED = LimitSet()
+_WITHOUT = _UNLIMITED, None
 _worker_index = 0               # of the worker process that this is
 
 # By id: a worker's object may be frozen, have slots, or replace its __dict__ in its constructor.
 _limits_of = {}
+
+
+def _give_limits(target, limits):
+    """Let `self.limits` of a worker's object be these, as long as it lives."""
+    number = id(target)
+    follow = weakref.ref(target, lambda _: _limits_of.pop(number, None)) if type(target).__weakrefoffset__ else None
+    _limits_of[number] = limits, follow
 
 
 # === Balancing ===
@@ -2482,7 +2577,7 @@ class _Runner:
         except BaseException:
             self.close()
             raise
-        _limits_of[id(self.target)] = recipe.limits
+        _give_limits(self.target, recipe.limits)
 
     def attempt(self, method, args, kwargs):
         """Call the method; return (kind, value), where the value may be a coroutine still to be run."""
@@ -2505,9 +2600,12 @@ class _Runner:
 
     def close(self):
         """Drop the object, here, and end its loop."""
-        _limits_of.pop(id(self.target), None)
+        number = id(self.target)
         try:
+            has_finalizer = type(self.target).__weakrefoffset__
             self.target = None      # its __del__ runs now, if nobody else holds it
+            if not has_finalizer:
+                _limits_of.pop(number, None)
             if self._owns_loop and self._loop is not None:
                 with _OtherLoop():
                     _close_loop(self._loop)
@@ -4738,7 +4836,8 @@ class _Reader:
         _load_wire()
         self.backends = set()
         self.todo = collections.deque()             # (function, arguments), to be called here
-        self.timers = []                            # a heap of (when, number, function)
+        self.timers = []                            # a heap of [when, number, function]
+        self.cancelled = 0                          # of these: their function is None
         self.numbers = itertools.count()
         self.bell, self.rope = _socket_pair()       # pulled to wake the thread
         self.selector = _own(selectors.DefaultSelector())
@@ -4766,8 +4865,20 @@ class _Reader:
             pass
 
     def later(self, seconds, function):
-        """Call a function after some time; on this thread only."""
-        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), function))
+        """Call a function after some time, and return the timer; on this thread only."""
+        timer = [time.monotonic() + seconds, next(self.numbers), function]
+        heapq.heappush(self.timers, timer)
+        return timer
+
+    def cancel(self, timer):
+        """Have a timer do nothing; on this thread only."""
+        if timer[2] is not None:
+            timer[2] = None
+            self.cancelled += 1
+            if self.cancelled > 16 + len(self.timers) // 2:
+                self.timers = [timer for timer in self.timers if timer[2] is not None]
+                heapq.heapify(self.timers)
+                self.cancelled = 0
 
     def watch(self, file, events, function):
         """Have `function(events)` called when there are some; on this thread only."""
@@ -4829,10 +4940,16 @@ class _Reader:
         """Wait for something to do, at most `timeout` seconds."""
         if self.timers:
             timeout = self._until_timer() if timeout is None else min(timeout, self._until_timer())
-        for key, events in self.selector.select(timeout):
+        # At most an hour: the kernel counts milliseconds in 32 bits.
+        for key, events in self.selector.select(timeout and min(timeout, 3600)):
             key.data(events)
         while self.timers and self._until_timer() == 0:
-            self.todo.append((heapq.heappop(self.timers)[2], ()))
+            timer = heapq.heappop(self.timers)
+            if timer[2] is None:
+                self.cancelled -= 1
+            else:
+                self.todo.append((timer[2], ()))
+                timer[2] = None
 
     def _until_timer(self):
         return max(0.0, self.timers[0][0] - time.monotonic())
@@ -5130,6 +5247,7 @@ class _ProcessBackend(_Backend):
             return
         self.cause = None
         ends = []
+        passed, setup = self.pool.setup
         try:
             ends += _socket_pair()
             ends += _socket_pair()
@@ -5138,8 +5256,8 @@ class _ProcessBackend(_Backend):
             if method == "fork":
                 _here.recipe = self.pool.recipe
                 _name_classes(self.pool.recipe)
+                passed.kept.update(_sets)       # it may ask for any of them
             process = _launch(method, far, _worker_main)
-            passed, setup = self.pool.setup
             socket.send_fds(connection, [_INDEX.pack(self.index)], [far_lane.fileno(), *passed.descriptors])
             far_lane.close()
         except BaseException as error:
@@ -5313,6 +5431,7 @@ class _Passed:
 
     def __init__(self):
         self.descriptors = []
+        self.kept = {}
 
     def dumps(self, recipe):
         context = sys.modules.get("multiprocessing.context")
@@ -5320,7 +5439,7 @@ class _Passed:
         if context:
             context.set_spawning_popen(self)
         try:
-            return _dumps(recipe, lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
+            return _dumps_keeping(self.kept, recipe, lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
         except Exception as error:
             if isinstance(error.__cause__, _WrongContext):
                 raise TypeError(str(error.__cause__)) from None
@@ -5509,7 +5628,7 @@ class _Upstream:
 
 _upstream = None                # in a worker process: its way to the parent
 _OUT_OF_REACH = ("these limits live in a process that this one is no worker of: os.fork and pickle do not share them, "
-                 "and a worker's own are not shared with its parent")
+                 "a worker's own are not shared with its parent, nor those of one copy of this module with another")
 
 
 class _Away:
@@ -5539,8 +5658,10 @@ class _Away:
             (ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))))
         if is_over:
             ticket.grants = None
-        elif not is_sent:
+        elif not is_sent and ticket.may_wait:
             raise RuntimeError(_INTERRUPTS)
+        elif not is_sent:
+            ticket.is_refused = True
 
     def wait_for_verdict(self, ticket):
         """Sleep until it is granted or refused; RuntimeError when that cannot be found out."""
@@ -5566,7 +5687,8 @@ class _Guest:
 
     def __init__(self, link, reader, number, home, wants):
         self.link, self.reader, self.number, self.home = link, reader, number, home
-        self.alarm = math.inf           # when the earliest one that is set will ring
+        self.alarm = math.inf           # when the one that is set will ring
+        self.timer = None
         self.ticket = _Ticket(wants)
         self.ticket.bell = self
         self.is_told = False
@@ -5574,22 +5696,31 @@ class _Guest:
     @classmethod
     def take(cls, link, reader, number, token, wants, usage, is_over, may_wait):
         """Do what a worker's ticket says; on the reader's thread."""
-        guest = link.guests.get(number)
+        guest, known = link.guests.get(number), _sets.get(token)
         if guest is None:
-            home = getattr(_sets.get(token), "_home", None) or _Away(token)
-            if wants is None or home.is_far and _upstream is None:
-                link.lane.send(number, False, _OUT_OF_REACH if home.is_far and _upstream is None else home.stats())
-                return
+            home = _Away(token) if known is None else known._home
             guest = link.guests[number] = cls(link, reader, number, home, wants)
-        guest.ticket.usage, guest.ticket.may_wait = usage, may_wait
-        if is_over:
-            guest.leave()
-        else:
-            guest.home.attend(guest.ticket)
+        try:
+            if known is not None:
+                known._check(wants, usage)
+            guest.ticket.usage, guest.ticket.may_wait = usage, may_wait
+            if is_over:
+                guest.leave()
+            elif wants is None and not guest.home.is_far:
+                guest.refuse(guest.home.stats())
+            else:
+                guest.home.attend(guest.ticket)
+        except Exception as error:          # of a set that is out of reach, or of what a worker makes up
+            guest.refuse(str(error) or repr(error))
+
+    def refuse(self, answer):
+        self.ticket.is_refused, self.ticket.answer = True, answer
+        self._look()
 
     def leave(self):
         self.link.guests.pop(self.number, None)
         self.ticket.is_over = self.is_told = True
+        self._unset_alarm()
         self.home.attend(self.ticket)
 
     def wake(self):
@@ -5604,18 +5735,25 @@ class _Guest:
             return
         if ticket.is_granted or ticket.is_refused:
             self.is_told = True
+            self._unset_alarm()
             if ticket.is_refused:
                 self.link.guests.pop(self.number, None)
             self.link.lane.send(self.number, ticket.is_granted, ticket.answer)
         elif ticket.due < self.alarm:
+            self._unset_alarm()
             self.alarm = ticket.due
-            self.reader.later(max(0.0, self.home.seconds_until(ticket.due)), self._ring_alarm)
+            self.timer = self.reader.later(max(0.0, self.home.seconds_until(ticket.due)), self._ring_alarm)
 
     def _ring_alarm(self):
-        self.alarm = math.inf
+        self.alarm, self.timer = math.inf, None
         if not self.is_told:
             self.home.attend(self.ticket)
             self._look()
+
+    def _unset_alarm(self):
+        if self.timer is not None:
+            self.reader.cancel(self.timer)
+            self.timer = None
 
 
 class _Lane:
@@ -6135,6 +6273,8 @@ def _abandon_all():
     global _pools, _reader_lock, _naming, _upstream
     _upstream = None
     for limits in list(_sets.values()):
+        # Acquisitions know the desk: its lock may be held by a thread that is not here, and it is the parent's.
+        limits._home.attend = _do_nothing
         limits._home = _Away(limits._token)
     pools, _pools = list(_pools), weakref.WeakSet()
     _reader_lock, _naming = threading.RLock(), threading.RLock()    # another thread may have held them
@@ -6527,7 +6667,7 @@ def _make_object(cls, make, args, kwargs):
         _here.building = None
         made = _make_plain(cls, make, args, kwargs)
         _here.made = id(made)
-        _limits_of[id(made)] = recipe.limits
+        _give_limits(made, recipe.limits)
         return made
     if getattr(cls, "_auto_init", False):
         return _init(cls, *args, **kwargs)
@@ -6575,7 +6715,7 @@ class Worker:
     @property
     def limits(self):
         """The limits of the worker this object lives in; without any, everything is granted at once."""
-        return _limits_of.get(id(self), _UNLIMITED)
+        return _limits_of.get(id(self), _WITHOUT)[0]
 
 
 _NOT_THE_USERS = frozenset(["options", "init", "limits"])
@@ -6638,10 +6778,11 @@ class TaskWorker(Worker):
 
     def _chunk(self, fn, items):
         """Call the function with each item; what one raises is that item's alone."""
+        is_async = _is_async(fn or self._fn)
         if fn is None:
             fn = self._fn if self._wants_limits is None else self
         values, errors = [], {}
-        if _is_async(fn):
+        if is_async:
             return self._chunk_async(fn, items, values, errors)
         for item in items:
             try:
@@ -6670,6 +6811,8 @@ def _parameter_place(fn, name, optional):
     """Return how many positional arguments come before a parameter, required or `optional`; None if there is none."""
     code = getattr(fn, "__code__", None)
     if fn is None or code is not None and name not in code.co_varnames:
+        return None
+    if isinstance(fn, functools.partial) and name in fn.keywords:
         return None
     import inspect
     try:

@@ -1297,6 +1297,42 @@ class RateTests(CleanTestCase):
                     state.take(0.1, 5)
                 self.assertGreater(state.delay(1e-9, 5), 0)
 
+    def test_an_exception_in_the_middle_of_the_arithmetic(self):
+        """After `recount` there is never more room than there should be."""
+        class Interrupt(BaseException):
+            pass
+
+        for algorithm, kind in concurry._RATES.items():
+            for at in itertools.count():
+                state, grants = kind(10, 1000), []
+                for now in range(0, 1000, 100):
+                    state.delay(1, now)
+                    grants.append(state.take(1, now))
+                steps = itertools.count()
+
+                def trace(frame, event, argument, steps=steps, at=at):
+                    if frame.f_code.co_filename != concurry.__file__:
+                        return None
+                    if event == "line" and next(steps) == at:
+                        sys.settrace(None)
+                        raise Interrupt
+                    return trace
+                sys.settrace(trace)
+                try:
+                    state.give(grants[-1], 1, 1250)
+                    sys.settrace(None)
+                    break
+                except Interrupt:
+                    pass
+                state.recount()
+                fresh = kind(10, 1000)
+                for now in range(0, 900, 100):          # as if the last one had never been
+                    fresh.delay(1, now)
+                    fresh.take(1, now)
+                self.assertGreaterEqual(state.used(1250), fresh.used(1250), (algorithm, at))
+                self.assertGreaterEqual(state.used(5000), 0)
+            self.assertGreater(at, 3)
+
     def test_what_is_given_back_after_others_were_granted(self):
         """It is no capacity twice: a bucket that was full meanwhile has nothing to get back."""
         state = concurry._TokenBucket(100, 1000)
@@ -1357,8 +1393,11 @@ class DescriptionTests(CleanTestCase):
             for make in (lambda c: RateLimit("x", c, 1), lambda c: CallLimit(c, 1), lambda c: ResourceLimit("x", c)):
                 with self.assertRaisesRegex(ValueError, "capacity"):
                     make(capacity)
+        self.assertRaisesRegex(ValueError, "capacity", RateLimit, "x", 1e300, 1)
+        self.assertRaisesRegex(ValueError, "window_seconds", RateLimit, "x", 1, 1e300)
         for capacity in ("5", None, True, [1]):
             self.assertRaises(TypeError, RateLimit, "x", capacity, 1)
+        self.assertRaisesRegex(TypeError, "RateLimit, a CallLimit or a ResourceLimit", Limit, "x", 1)
         for capacity in (0.5, float("inf"), 1e-9, 10 ** 15, fractions.Fraction(1, 3)):
             self.assertEqual(RateLimit("x", capacity, 1).capacity, float(capacity))
         self.assertEqual(CallLimit(2.5, 1).capacity, 2.5)
@@ -1657,7 +1696,8 @@ class LimitSetTests(LimitCase):
     def test_bad_usage(self):
         limits = self.limits(RateLimit("t", 100, 60), ResourceLimit("c", 2))
         with limits.acquire({"t": 10}) as acquired:
-            for usage in (-1, float("nan"), float("inf")):
+            self.assertRaisesRegex(TypeError, "usage must be a dict", acquired.update, 5)
+            for usage in (-1, float("nan"), float("inf"), 10 ** 400, 1e300):
                 self.assertRaisesRegex(ValueError, "usage", acquired.update, {"t": usage})
             self.assertRaises(TypeError, acquired.update, {"t": "1"})
             with self.assertWarnsRegex(UserWarning, "'x'"):
@@ -1696,10 +1736,27 @@ class LimitSetTests(LimitCase):
         self.assertEqual(limits.get_stats()["call_count"]["granted"], 2)
         self.end(limits, waiting)
 
+    def test_numbers_of_other_kinds(self):
+        class Single(float):
+            """As numpy's are."""
+
+        class Whole:
+            def __index__(self):
+                return 3
+
+            def __float__(self):
+                return 3.0
+        limits = self.limits(RateLimit("t", 0.3, 60), ResourceLimit("c", Whole()))
+        for _ in range(3):
+            with limits.acquire({"t": Single(0.1), "c": Whole()}, timeout=0) as acquired:
+                acquired.update({"t": Single(0.1)})
+        self.assertAlmostEqual(self.in_use(limits)["t"], 0.3)
+        self.assertIs(type(self.in_use(limits)["c"]), int)
+
     def test_infinite_capacity(self):
         limits = self.limits(RateLimit("t", float("inf"), 60), ResourceLimit("c", 1))
         for _ in range(3):
-            with limits.acquire({"t": 1e200}) as acquired:
+            with limits.acquire({"t": 1e99}) as acquired:
                 acquired.update({"t": 1})
         self.assertEqual(self.in_use(limits)["c"], 0)
 
@@ -1867,6 +1924,20 @@ class WaitingForLimitsTests(CleanTestCase):
         held.release()                      # is granted to the one that will never come
         limits.acquire(timeout=SAFETY).release()
         task._log_destroy_pending = False
+
+    def test_a_stopped_loop_at_the_head_of_the_line(self):
+        """Who waits elsewhere looks at the clock himself."""
+        limits = LimitSet([CallLimit(1, 0.05)])
+        limits.acquire().release()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(self.hold_async(limits))
+        loop.run_until_complete(asyncio.sleep(0))
+        self.assertEqual(limits.get_stats()["call_count"]["waiting"], 1)
+        limits.acquire(timeout=SAFETY).release()
+        self.assertEqual(limits.get_stats()["call_count"]["granted"], 3)
+        self.assertEqual(loop.run_until_complete(task), "held")
+        loop.close()
+        self.assertEqual(limits._home.keepers, {})
 
     def test_threads_and_coroutines_share_a_set(self):
         limits, done = LimitSet([ResourceLimit("c", 2), CallLimit(2000, 60)]), []
@@ -3948,6 +4019,31 @@ def in_use(limits):
     return {key: stats["in_use"] for key, stats in limits.get_stats().items()}
 
 
+async def limited_async(x, limits):
+    async with limits.async_acquire() as acquired:
+        return x, acquired.successful
+
+
+class Departing(Worker):
+    def __init__(self, ends):
+        self.ends = ends
+
+    def __del__(self):
+        self.ends.put(self.limits)
+
+
+@worker(mode="thread")
+class DepartingSlots:
+    """Of an object that nothing can be tied to the limits go with the worker."""
+    __slots__ = ("ends",)
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def __del__(self):
+        self.ends.put(self.ends)
+
+
 @task(mode="thread", limits=[ResourceLimit("slots", 1)])
 def limited_task(x, limits):
     with limits.acquire():
@@ -4043,8 +4139,12 @@ class WorkerLimitTests:
                          (1, "given"))
 
     def test_options(self):
-        for bad in (3, "slots", [1], [LimitSet([]), ResourceLimit("x", 1)], [ResourceLimit("x", 1)] * 2):
+        for bad in (3, "slots", [1], [LimitSet([]), ResourceLimit("x", 1)]):
             with self.assertRaisesRegex(ValueError, "limits=.*a LimitSet, a LimitPool, or a list"):
+                Api.options(mode=self.mode, limits=bad)
+        for bad, reason in (([ResourceLimit("x", 1)] * 2, "two limits have the key 'x'"),
+                            (type("LimitSet", (), {"__module__": "vendored"})(), "vendored, another copy")):
+            with self.assertRaisesRegex(ValueError, f"limits=.*{reason}"):
                 Api.options(mode=self.mode, limits=bad)
         self.assertIs(self.make(Api, limits=None).own().result(SAFETY), self.make(Api).limits)
         self.assertIs(self.make(Api, limits=[]).ask().exception(SAFETY), None)
@@ -4053,6 +4153,7 @@ class WorkerLimitTests:
         limits = LimitSet([ResourceLimit("slots", 1)])
         with limits.acquire() as acquired:
             self.assertRaisesRegex(pickle.PicklingError, "acquisition", pickle.dumps, acquired)
+        self.assertRaisesRegex(pickle.PicklingError, "acquisition", pickle.dumps, limits.async_acquire())
 
 
 over_modes(globals(), [WorkerLimitTests])
@@ -4130,6 +4231,26 @@ class LimitedTaskTests(CleanTestCase):
         self.addCleanup(limited_task.stop)
         self.assertEqual(sorted(limited_task.map(range(10))), [(x, 1) for x in range(10)])
         self.assertEqual(in_use(limited_task.limits), {"slots": 0})
+
+    def test_coroutine_functions_in_chunks(self):
+        pool = self.start(TaskWorker, mode="thread", limits=[ResourceLimit("slots", 1)], init={"fn": limited_async})
+        self.assertEqual(list(pool.map(range(5), chunksize=2)), [(n, True) for n in range(5)])
+
+    def test_a_bound_argument_is_passed_by_the_caller(self):
+        pool = self.start(TaskWorker, mode="thread", limits=[ResourceLimit("slots", 1)],
+                          init={"fn": functools.partial(with_default_limits, limits="mine too")})
+        self.assertEqual(pool(1).result(SAFETY), (1, "mine too"))
+
+    def test_to_the_end_of_the_object(self):
+        """Also in `__del__`, and where somebody else still has it."""
+        limits, ends = LimitSet([ResourceLimit("slots", 1)]), queue.SimpleQueue()
+        for cls in (Departing, DepartingSlots):
+            for mode in ("sync", "thread", "asyncio"):
+                handle = self.start(cls, ends, mode=mode, limits=limits)
+                handle.stop()
+                self.assertIs(ends.get(timeout=SAFETY), limits if cls is Departing else ends)
+        gc.collect()
+        self.assertEqual([kept for kept, _ in concurry._limits_of.values() if kept is limits], [])
 
     def test_a_constructor_that_fails_leaves_no_trace(self):
         before = dict(concurry._limits_of)
@@ -5996,6 +6117,18 @@ class Mortal(Worker):
                 errors.append(str(error))
         return len(errors), self.limits.try_acquire().successful
 
+    def wait_for_limits(self, timeout=None):
+        self.limits.acquire(timeout=timeout).release()
+
+    def many_timeouts(self, times):
+        errors = 0
+        for _ in range(times):
+            try:
+                self.limits.acquire(timeout=1e-4)
+            except concurrent.futures.TimeoutError:
+                errors += 1
+        return errors
+
     def no_time(self):
         for timeout in (0, -1, 1e-9):
             with self.limits.acquire(timeout=timeout):
@@ -6027,6 +6160,26 @@ class Mortal(Worker):
             return future.result(SAFETY)
         except WorkerDiedError:
             return "died"
+
+
+class Through(Worker):
+    """A process between the owner of a set and its own worker."""
+
+    def __init__(self):
+        self.inner = Asking.options(mode="process", max_queued_tasks=None).init()
+
+    def go(self, limits):
+        self.inner.keep(limits).result(SAFETY)
+        return gather([self.inner.ask(n) for n in range(200)], timeout=SAFETY)
+
+
+class Asking(Worker):
+    def keep(self, limits):
+        self.kept = limits
+
+    def ask(self, n):
+        threading.Thread(target=self.kept.get_stats, daemon=True).start()
+        return n
 
 
 class FarLimitTests(ProgramCase):
@@ -6176,23 +6329,116 @@ class FarLimitTests(ProgramCase):
         self.assertRaisesRegex(RuntimeError, "no worker of", future.result(SAFETY).acquire)
         self.assertEqual(limits.get_stats()["slots"]["granted"], 6)
 
+    def test_statistics_through_a_process_in_between(self):
+        """They are asked for while answers to calls come in: each call gets its own."""
+        outer = self.start(Through, mode="process")
+        self.assertEqual(outer.go(self.limits()).result(SAFETY), list(range(200)))
+
+    def test_a_window_of_months(self):
+        limits = LimitSet([CallLimit(1, 40 * 86400)])
+        pool = self.start(Mortal, mode="process", limits=limits)
+        limits.acquire().release()
+        error = pool.wait_for_limits(0.05).exception(SAFETY)
+        self.assertIsInstance(error, concurrent.futures.TimeoutError)
+        self.assertGreater(pool.pid().result(SAFETY), 0)
+
+    def test_timeouts_leave_no_timers(self):
+        limits = LimitSet([CallLimit(1, 3600)])
+        pool = self.start(Mortal, mode="process", limits=limits)
+        limits.acquire().release()
+        self.assertEqual(pool.many_timeouts(100).result(SAFETY), 100)
+        reader, = concurry._readers.values()
+        self.assertLess(len(reader.timers), 50)
+
+    def test_sets_that_are_out_of_reach(self):
+        """The call says so; the worker is as it was."""
+        pool = self.start(Api, mode="process")
+        other = self.start(TaskWorker, mode="process")
+        theirs = other.submit(lambda: LimitSet([ResourceLimit("slots", 1)])).result(SAFETY)
+        self.assertRegex(str(pool.use(theirs).exception(SAFETY)), "no worker of")
+        self.assertRaisesRegex(RuntimeError, "no worker of", theirs.get_stats)
+        self.assertEqual(pool.get_pool_stats()["restarts"], 0)
+
+    def test_what_a_worker_makes_up(self):
+        """Tickets that no LimitSet would send are refused; everybody else goes on."""
+        limits = self.limits()
+        home, link = limits._home, types.SimpleNamespace(guests={}, lane=types.SimpleNamespace(send=lambda *sent: told.append(sent)))
+        for wants, usage in (({"slots": "x"}, None), ({"nothing": 1}, None), ({"slots": -1}, None), ({"slots": 1e400}, None),
+                             (5, None), ({"slots": 1}, {"tokens": float("nan")}), ({"slots": 1}, {"other": 1}), ({"slots": 1}, 7)):
+            told = []
+            concurry._Guest.take(link, None, 1, limits._token, wants, usage, False, True)
+            self.assertEqual([(number, is_granted) for number, is_granted, _ in told], [(1, False)], (wants, usage))
+            self.assertEqual((link.guests, home.held, len(home.line)), ({}, {}, 0))
+
+    def test_names_that_change(self):
+        """A global of `__main__` that means something else by now: the worker has what it was sent."""
+        self.check_program('''
+            import concurry, gc
+            for method in sys.argv[1:]:
+                limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
+                def use():
+                    with limits.acquire() as acquired: return acquired.successful
+                with concurry.TaskWorker.options(mode="process", mp_context=method).init(fn=use) as pool:
+                    print(pool().result(), end=" ")
+                    limits = None
+                    gc.collect()
+                    print(pool().result())
+        ''', "True True\n" * len(START_METHODS), *START_METHODS)
+
+    def test_waiting_in_a_callback_on_the_readers_thread(self):
+        limits, errors = self.limits(1), queue.SimpleQueue()
+        pool = self.start(Mortal, mode="process", limits=limits)
+
+        def callback(future):
+            try:
+                limits.acquire()
+            except RuntimeError as error:
+                errors.put(str(error))
+        started, go = self.flag(), self.flag()
+        with limits.acquire():
+            future = pool.hold(started, go)
+            until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+        started.wait()
+        with self.log_of():
+            future.add_done_callback(lambda _: held.append(limits.acquire()))
+            future.add_done_callback(callback)
+            held = []
+            go.set()
+            future.result(SAFETY)
+            self.assertIn("done-callback", errors.get(timeout=SAFETY))
+            held.pop().release()
+            logging.getLogger("concurry").warning("for assertLogs")
+
     def test_os_fork(self):
         """Row 37: the limits are the parent's; there they go on."""
         limits = self.limits()
         pool = self.start(Mortal, mode="process", limits=limits)
         self.assertEqual(pool.fork_and_acquire().result(SAFETY), 7)
-        with warnings.catch_warnings(), limits.acquire():
-            warnings.simplefilter("ignore", DeprecationWarning)         # of fork() beside threads
-            pid = os.fork()
-            if not pid:
+        over = []
+        busy = in_thread(lambda: [limits.try_acquire().release() for _ in iter(lambda: bool(over), True)])
+        for _ in range(5):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)     # of fork() beside threads
                 try:
-                    limits.acquire()
+                    with limits.acquire():
+                        pid = os.fork()
+                        if pid:
+                            self.assertTrue(until_gone(pid))
+                            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 7)
+                            self.assertGreaterEqual(in_use(limits)["slots"], 1)
+                        else:
+                            signal.alarm(20)
+                    if not pid:                 # it has left the block
+                        limits.acquire()
                 except RuntimeError as error:
-                    os._exit(7 if "os.fork" in str(error) else 8)
+                    if not pid:
+                        os._exit(7 if "os.fork" in str(error) else 8)
+                    raise
                 finally:
-                    os._exit(9)
-            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 7)
-            self.assertEqual(in_use(limits)["slots"], 1)
+                    if not pid:
+                        os._exit(9)
+        over.append(True)
+        busy.result(SAFETY)
         pool.use().result(SAFETY)
         self.assertEqual(in_use(limits)["slots"], 0)
 
