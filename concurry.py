@@ -1728,8 +1728,7 @@ class _Desk:
             try:
                 self.is_busy = True
                 now = self.clock()
-                self._make_so(ticket, now)
-                if self.line or self.todo:
+                if self._make_so(ticket, now) and self.line or self.todo:
                     self._work_off(now)
             except BaseException:
                 self._recover(ticket)
@@ -1749,6 +1748,7 @@ class _Desk:
         return False
 
     def _make_so(self, ticket, now):
+        """Do what one ticket says; tell whether those in line have to be looked at because of it."""
         if ticket.is_granted:
             if ticket.usage is not ticket.counted and ticket.grants is not None:
                 self._correct(ticket, now)
@@ -1756,16 +1756,27 @@ class _Desk:
                 for _, state, grant, _ in ticket.grants:
                     state.close(grant)
                 ticket.grants = None
-        elif ticket.is_over:
+            return True
+        if ticket.is_over or ticket in self.line:
+            if not ticket.is_over and ticket.may_wait:
+                return True
             self._leave_line(ticket)
-        elif self.line or self._grant(ticket, now):
-            if ticket.may_wait:
-                self.line.setdefault(ticket)
-                self.keepers.setdefault(ticket.loop, collections.OrderedDict()).setdefault(ticket)
-            else:
-                self._leave_line(ticket)
-                ticket.is_refused = True
-                self._ring(ticket)
+            if not ticket.is_over:
+                self._refuse(ticket)
+            return True
+        wait = _NEVER if self.line else self._grant(ticket, now)
+        if not wait:
+            return False
+        if not ticket.may_wait:
+            self._refuse(ticket)
+            return False
+        self.line[ticket] = None
+        waiting = self.keepers.setdefault(ticket.loop, collections.OrderedDict())
+        waiting[ticket] = None
+        if wait < _NEVER:
+            ticket.due = now + wait
+            self._ring(ticket)
+        return len(waiting) == 1 and len(self.line) > 1
 
     def _grant(self, ticket, now):
         """Take all that the ticket wants, and return 0; or nothing, and return after how many nanoseconds to ask."""
@@ -1793,6 +1804,10 @@ class _Desk:
         except RuntimeError:            # its event loop is closed: nobody will come for it
             ticket.withdraw()
             self.todo.append(ticket)
+
+    def _refuse(self, ticket):
+        ticket.is_refused = True
+        self._ring(ticket)
 
     def _leave_line(self, ticket):
         if self.line.pop(ticket, self) is None:
@@ -1828,20 +1843,20 @@ class _Desk:
     def _correct(self, ticket, now):
         """Count what was really used instead of what was acquired."""
         for key, n in ticket.usage.items():
+            parts = [part for part in ticket.grants if part[0] == key]
             more = n
-            for part in ticket.grants:
-                if part[0] == key:
-                    more -= part[3]
+            for part in parts:
+                more -= part[3]
             if more > 0:
                 state = self.states[key]
                 state.delay(0, now)
                 ticket.grants.append([key, state, state.take(more, now), more])
-            for part in reversed(ticket.grants) if more < 0 else ():
-                if part[0] == key:
-                    back = min(part[3], -more)
-                    part[3] -= back         # first: better lost than given back twice
-                    part[1].give(part[2], back, now)
-                    more += back
+            while more < 0:
+                part = parts.pop()
+                back = min(part[3], -more) if parts else -more
+                part[3] -= back         # first: better lost than given back twice
+                part[1].give(part[2], back, now)
+                more += back
         ticket.counted = ticket.usage
 
     def _recover(self, ticket):
@@ -2138,11 +2153,11 @@ class _Acquisition:
         if ticket.is_over:
             raise RuntimeError("update() comes too late: this acquisition has ended" if ticket.is_granted else
                                "nothing was acquired: ask .successful before the limited thing is used")
-        if usage is not None and not isinstance(usage, collections.abc.Mapping):
-            raise TypeError(f"usage must be a dict such as {{'tokens': 100}}, not {usage!r}")
         if usage is None:
             usage = {key: ticket.wants.get(key, 0) for key in self._owed}
-        told, over = dict(ticket.usage or ()), {}
+        elif type(usage) is not dict and not isinstance(usage, collections.abc.Mapping):
+            raise TypeError(f"usage must be a dict such as {{'tokens': 100}}, not {usage!r}")
+        told, over = {**ticket.usage} if ticket.usage else {}, {}
         for key, n in usage.items():
             limit = self._limits._limits.get(key)
             if limit is None:
@@ -5222,7 +5237,7 @@ class _ProcessBackend(_Backend):
     def _take(self, link, kind, took, data, buffers):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
         if kind == _TICKET:
-            _Guest.take(link, self.reader, *_loads(data, buffers))
+            _Guest.take(link, self.reader, *_pickle().loads(data))
         elif kind >= _RETURNED:
             if not link.sent:
                 raise ValueError("an answer to no call")
@@ -5569,6 +5584,11 @@ class _PoolWhileImporting(RuntimeError):
 # that what a call has given back is free when its result is seen. Verdicts come down on a
 # socket of their own, the lane: in the other one there may be calls before them.
 
+def _plain(words):
+    """Return numbers and words in the form of what travels; nothing of the user's is among them."""
+    return _pickle().dumps(words, 5), ()
+
+
 class _Upstream:
     """A worker process's way to its parent, for the answers to calls and for its tickets."""
 
@@ -5607,8 +5627,8 @@ class _Upstream:
                 reader.post(reader.watch, self.lane, selectors.EVENT_READ, self._hear)
 
     def _hear(self, events):
-        for _, _, data, buffers in self.inbox.receive():
-            number, is_granted, answer = _loads(data, buffers)
+        for _, _, data, _ in self.inbox.receive():
+            number, is_granted, answer = _pickle().loads(data)
             self._tell(self.tickets.pop(number, None), is_granted, answer)
 
     def _tell(self, ticket, is_granted, answer):
@@ -5654,7 +5674,7 @@ class _Away:
         is_over = ticket.is_over
         if is_over:
             _upstream.tickets.pop(ticket.number, None)
-        is_sent = _upstream.send(_message(_TICKET, _dumps(
+        is_sent = _upstream.send(_message(_TICKET, _plain(
             (ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))))
         if is_over:
             ticket.grants = None
@@ -5768,7 +5788,7 @@ class _Lane:
 
     def send(self, number, is_granted, answer):
         """Send a verdict, or an answer, to a ticket; what the socket does not take follows when it does."""
-        self.outbox += _message(_VERDICT, _dumps((number, is_granted, answer)))
+        self.outbox += _message(_VERDICT, _plain((number, is_granted, answer)))
         if not self.is_blocked:
             self._flush()
 

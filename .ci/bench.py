@@ -9,7 +9,9 @@ fresh interpreters, ours and theirs in turn, so that a slow minute of the machin
 A scenario is a function of ROWS' fourth column. It is given `make`, which builds an executor
 with that many workers, works with it through `submit` and `map` alone, checks the results,
 and returns seconds or bytes: less is better. Work that processes do is made of builtins,
-for nobody then has to import this file.
+for nobody then has to import this file; only what uses limits there is imported from here.
+For limits, `make` builds what is acquired, and what uses it. A rate has no reference: its
+figure is the percentage that is missing, and more than it allows is an error.
 """
 import argparse
 import asyncio
@@ -30,6 +32,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -39,6 +42,7 @@ from typing import Callable, NamedTuple, Optional
 HERE = pathlib.Path(__file__).resolve().parent
 QUICK = "BENCH_QUICK" in os.environ
 MIB = 1 << 20
+SECOND = 1_000_000_000              # in nanoseconds
 
 
 def amount(n):
@@ -153,6 +157,119 @@ def loky(workers=1):
     return get_reusable_executor(workers)
 
 
+# === Limits, ours and theirs ===
+
+def slots(capacity=1):
+    import concurry
+    return concurry.LimitSet([concurry.ResourceLimit("slots", capacity)])
+
+
+def use_slots(limits, times):
+    for _ in range(times):
+        with limits.acquire():
+            pass
+
+
+def use_rates(limits, times):
+    for _ in range(times):
+        with limits.acquire({"tokens": 5}) as acquired:
+            acquired.update({"tokens": 3})
+
+
+def use_semaphore(semaphore, times):
+    for _ in range(times):
+        with semaphore:
+            pass
+
+
+def one_slot():
+    """Return what uses a limit so many times, and what checks that it was used so many times."""
+    limits = slots()
+
+    def check(times):
+        stats = limits.get_stats()["slots"]
+        assert (stats["granted"], stats["in_use"]) == (times, 0), stats
+
+    return partial(use_slots, limits), check
+
+
+def two_rates():
+    """The windows are so short that grants leave them as fast as they come, as at length."""
+    import concurry
+    limits = concurry.LimitSet([concurry.CallLimit(10**9, window_seconds=0.05),
+                                concurry.RateLimit("tokens", 10**10, window_seconds=0.05)])
+
+    def check(times):
+        stats = limits.get_stats()
+        calls, tokens = stats["call_count"], stats["tokens"]
+        assert (calls["granted"], tokens["granted"]) == (times, 5 * times), stats
+        assert tokens["in_use"] == 3 * calls["in_use"], stats
+
+    return partial(use_rates, limits), check
+
+
+def one_semaphore():
+    semaphore = threading.Semaphore()
+
+    def check(_times):
+        assert semaphore.acquire(blocking=False) and not semaphore.acquire(blocking=False)
+
+    return partial(use_semaphore, semaphore), check
+
+
+class Slot:
+    """A set of one slot that is taken, with the methods of a semaphore of 0."""
+
+    def __init__(self):
+        self.limits = slots()
+        self.acquire()
+
+    def acquire(self):
+        self.held = self.limits.acquire()
+
+    def release(self):
+        self.held.release()
+
+
+def when_all_are_here(use, places, times, limits):
+    """Use limits so many times, in a worker process; return its pid, the begin and the end."""
+    use(limits, 100)
+    pid, began = eval(MEET, places), perf_counter()
+    use(limits, times)
+    return pid, began, perf_counter()
+
+
+def slots_of_processes(workers):
+    import concurry
+    pool = concurry.TaskWorker.options(mode="process", max_workers=workers, limits=slots(workers))
+    return pool.init(partial(when_all_are_here, use_slots)).submit
+
+
+def semaphore_of_processes(workers):
+    semaphore = multiprocessing.Manager().Semaphore(workers)
+    return partial(process_executor(workers).submit, when_all_are_here, use_semaphore,
+                   limits=semaphore)
+
+
+def hurry(until, limits):
+    """Acquire as fast as possible; return when each was asked for, and when it was seen granted."""
+    asked, granted = [], []
+    with contextlib.suppress(TimeoutError):
+        while (now := time.monotonic_ns()) < until:
+            with limits.acquire(timeout=(until - now) / SECOND):
+                granted.append(time.monotonic_ns())
+            asked.append(now)
+    return asked, granted
+
+
+def hurrying(mode, workers):
+    """Return a limit of 1,000 calls a second, and what has a worker hurry to use it."""
+    import concurry
+    limits = concurry.LimitSet([concurry.CallLimit(1000, per="second")])
+    pool = concurry.TaskWorker.options(mode=mode, max_workers=workers, limits=limits).init(hurry)
+    return limits, pool.submit
+
+
 # === Instruments ===
 
 def one_cpu(measure, make):
@@ -177,20 +294,26 @@ MEET = """(
     os.getpid())[-1]"""
 
 
-def meet(executor, workers):
-    """Have every worker process carry out one call; return their pids."""
+def together(submit, workers):
+    """Submit so many calls that evaluate MEET with what they are given; return their results."""
     with tempfile.TemporaryDirectory() as folder:
         here, go = os.path.join(folder, "here"), os.path.join(folder, "go")
         os.mkfifo(here)
         os.mkfifo(go)
-        futures = [executor.submit(eval, MEET, {"here": here, "go": go}) for _ in range(workers)]
+        futures = [submit({"here": here, "go": go}) for _ in range(workers)]
         arrivals, arrived = os.open(here, os.O_RDONLY), 0
         while arrived < workers:
             arrived += len(os.read(arrivals, workers))
         start = os.open(go, os.O_WRONLY)
-        pids = {future.result() for future in futures}
+        results = [future.result() for future in futures]
         os.close(arrivals)
         os.close(start)
+    return results
+
+
+def meet(executor, workers):
+    """Have every worker process carry out one call; return their pids."""
+    pids = set(together(partial(executor.submit, eval, MEET), workers))
     assert len(pids) == workers, pids
     return pids
 
@@ -331,6 +454,110 @@ def await_ours(workers):
 def await_theirs(workers):
     executor = ThreadPoolExecutor(workers)
     return executor, partial(asyncio.get_running_loop().run_in_executor, executor)
+
+
+def uncontended(make, calls=10_000):
+    use, check = make()
+    use(calls)
+    times = []
+    for _ in range(amount(25)):
+        began = perf_counter()
+        use(calls)
+        times.append((perf_counter() - began) / calls)
+    check(calls * (1 + len(times)))
+    return statistics.median(times)
+
+
+def hand_over(make, rounds=10_000):
+    """Two threads by turns release what the other one waits for, then wait for the other. On one
+    CPU: with two it is a matter of luck whether a thread wakes up in 5 or in 50 microseconds.
+    """
+    mine, yours = make(), make()
+    order = []
+
+    def answer():
+        for _ in range(rounds):
+            yours.acquire()
+            order.append("yours")
+            mine.release()
+
+    rounds = amount(rounds)
+    other = threading.Thread(target=answer)
+    other.start()
+    time.sleep(0.01)                # it waits
+    began = perf_counter()
+    for _ in range(rounds):
+        yours.release()
+        mine.acquire()
+        order.append("mine")
+    seconds = perf_counter() - began
+    other.join()
+    assert order == ["yours", "mine"] * rounds
+    return seconds / (2 * rounds)
+
+
+def between_processes(make, workers=2, times=5000):
+    """There is a slot for each process: they wait for answers, never for each other. On one CPU:
+    with two the reference's time doubles when the machine has nothing else to do.
+    """
+    times = amount(times)
+    pids, begins, ends = zip(*together(partial(make(workers), times=times), workers))
+    assert len(set(pids)) == workers, pids
+    assert max(begins) < min(ends)
+    return (max(ends) - min(begins)) / (workers * times)
+
+
+def rate_shortfall(make, workers):
+    """The percentage of what a sliding window allows that was not granted, in a time that ends
+    half a window after the last begins.
+    """
+    limits, submit = make(workers)
+    began = time.monotonic_ns()
+    until = began + (1 if QUICK else 3) * SECOND + SECOND // 2
+    stamps = [future.result() for future in [submit(until) for _ in range(workers)]]
+    windows = (time.monotonic_ns() - began) // SECOND + 1       # at most: it may be late
+    granted = limits.get_stats()["call_count"]["granted"]
+    counts = [len(seen) for _, seen in stamps]
+    assert all(counts) and 0 <= granted - sum(counts) <= workers, (granted, counts)
+    assert granted <= 1000 * windows, f"{granted} grants in {windows} windows"
+    most = most_in_a_second(stamps)
+    assert most <= 1000, f"{most} grants in a second"
+    return 100 - 100 * sum(counts) / (1000 * ((until - began) // SECOND + 1))
+
+
+def most_in_a_second(stamps):
+    """Count what lies in one second for sure: asked for after its begin, seen before its end."""
+    return max(sum(max(0, bisect_left(seen, begin + SECOND) - bisect_left(asked, begin))
+                   for asked, seen in stamps)
+               for begins, _ in stamps for begin in begins)
+
+
+def along_a_line(make, turns=10_000):
+    """Pass a slot along a line of coroutines. Who has had it goes to the end: it stays as long."""
+    waiters, limits, turns = make(), slots(), amount(turns)
+    order, ends = [], []
+
+    async def waiter(number):
+        while len(order) < turns:
+            async with limits.async_acquire():
+                order.append(number)
+                if len(order) == turns:
+                    ends.append(perf_counter())
+
+    async def main():
+        held = limits.acquire()
+        tasks = [asyncio.ensure_future(waiter(number)) for number in range(waiters)]
+        while limits.get_stats()["slots"]["waiting"] < waiters:
+            await asyncio.sleep(0)
+        began = perf_counter()
+        held.release()
+        await asyncio.wait(tasks)
+        return (ends[0] - began) / turns
+
+    seconds = asyncio.run(main())
+    assert len(order) == turns + waiters - 1
+    assert order == [turn % waiters for turn in range(len(order))]
+    return seconds
 
 
 def ours_with(name, **options):
@@ -503,7 +730,7 @@ class Row(NamedTuple):
 
 
 EXECUTOR, THREADS, APPLY = "ProcessPoolExecutor", "ThreadPoolExecutor", "Pool.apply_async"
-TASK = "run_coroutine_threadsafe"
+TASK, SEMAPHORE = "run_coroutine_threadsafe", "threading.Semaphore"
 
 ROWS = [
     Row("import", "concurrent.futures.thread", 1.5,
@@ -553,6 +780,20 @@ ROWS = [
         partial(awaited, clock=perf_counter), await_ours, await_theirs),
     Row("await a call: CPU", "loop.run_in_executor", 1.2,
         partial(awaited, clock=time.process_time), await_ours, await_theirs),
+    Row("one ResourceLimit, acquire and release", SEMAPHORE, 2.0,
+        uncontended, one_slot, one_semaphore),
+    Row("CallLimit + RateLimit with update", SEMAPHORE, 4.0,
+        uncontended, two_rates, one_semaphore),
+    Row("limiter wake-up", SEMAPHORE, 1.5,
+        partial(one_cpu, hand_over), Slot, partial(threading.Semaphore, 0)),
+    Row("limits between 2 processes", "Manager().Semaphore", 0.5,
+        partial(one_cpu, between_processes), slots_of_processes, semaphore_of_processes),
+    Row("rate accuracy, 4 threads", "", 0.5,
+        partial(rate_shortfall, workers=4), partial(hurrying, "thread")),
+    Row("rate accuracy, 2 processes", "", 0.5,
+        partial(rate_shortfall, workers=2), partial(hurrying, "process")),
+    Row("a limit with 10,000 waiters: wake-up", "with 10 waiters", 1.5,
+        along_a_line, lambda: 10_000, lambda: 10),
     Row("gather of 10k finished futures", "wait", 0.3,
         wait_finished, ours_with("gather"), theirs_with("wait")),
     Row("gather: last finish to return", "wait", 1.0,
@@ -638,7 +879,7 @@ def show(line):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, 90 s in all")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, 100 s in all")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="a glob within the name")
     parser.add_argument("--runs", type=int, help="how many samples of each side (5; quick: 3)")
     parser.add_argument("--json", metavar="FILE", help="write all samples to this file")
