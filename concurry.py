@@ -1683,7 +1683,8 @@ class _Ticket:
     due = math.inf              # when the first in line may be granted, if this one has to look to it
     usage = None                # amounts really used, by key, as far as they have been told
     counted = None              # the `usage` that has been taken into account
-    number = answer = None      # on its way to a home that is away, and what came back beside the verdict
+    home = number = None        # where it is away, and what it is known by on its way there
+    answer = None               # what came back beside the verdict: a reason, or statistics
 
     def __init__(self, wants):
         self.wants = wants      # amounts, by key
@@ -1692,10 +1693,6 @@ class _Ticket:
         """Say that it is not wanted; what has been granted was not used."""
         self.usage = dict.fromkeys(self.wants, 0)
         self.is_over = True
-
-    def ring(self):
-        if self.bell is not None:
-            self.bell.wake()
 
 
 class _Desk:
@@ -5637,7 +5634,11 @@ class _Upstream:
             if is_granted:
                 ticket.grants = ()              # at its home
             ticket.is_granted, ticket.is_refused = is_granted, not is_granted
-            ticket.ring()
+            try:
+                if ticket.bell is not None:
+                    ticket.bell.wake()
+            except RuntimeError:                # its event loop is closed: nobody will come for it
+                _drop(ticket.home, ticket)
 
     def perish(self, error):
         """Refuse everything: the reader has failed."""
@@ -5668,7 +5669,7 @@ class _Away:
         if ticket.number is None:
             if ticket.is_over:
                 return
-            ticket.number = next(_upstream.numbers)
+            ticket.home, ticket.number = self, next(_upstream.numbers)
             _upstream.tickets[ticket.number] = ticket
             _upstream.listen()
         is_over = ticket.is_over
@@ -5684,7 +5685,7 @@ class _Away:
             ticket.is_refused = True
 
     def wait_for_verdict(self, ticket):
-        """Sleep until it is granted or refused; RuntimeError when that cannot be found out."""
+        """Sleep until the ticket is granted or refused, and return it."""
         ticket.bell = _Bell()
         while not (ticket.is_granted or ticket.is_refused):
             ticket.bell.sleep(None)

@@ -6117,6 +6117,16 @@ class Mortal(Worker):
                 errors.append(str(error))
         return len(errors), self.limits.try_acquire().successful
 
+    def closed_loop(self):
+        """Leave a coroutine waiting on a loop that is closed."""
+        async def wait():
+            await self.limits.async_acquire()
+        loop = asyncio.new_event_loop()
+        self.task = loop.create_task(wait())
+        self.task._log_destroy_pending = False
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
     def wait_for_limits(self, timeout=None):
         self.limits.acquire(timeout=timeout).release()
 
@@ -6333,6 +6343,15 @@ class FarLimitTests(ProgramCase):
         """They are asked for while answers to calls come in: each call gets its own."""
         outer = self.start(Through, mode="process")
         self.assertEqual(outer.go(self.limits()).result(SAFETY), list(range(200)))
+
+    def test_a_loop_that_is_closed_in_a_worker(self):
+        limits = self.limits(1)
+        pool = self.start(Mortal, mode="process", limits=limits)
+        with limits.acquire():
+            pool.closed_loop().result(SAFETY)
+            self.assertEqual(limits.get_stats()["slots"]["waiting"], 1)
+        pool.use().result(SAFETY)
+        self.assertEqual(in_use(limits)["slots"], 0)
 
     def test_a_window_of_months(self):
         limits = LimitSet([CallLimit(1, 40 * 86400)])
