@@ -5581,7 +5581,7 @@ class _PoolWhileImporting(RuntimeError):
 # that what a call has given back is free when its result is seen. Verdicts come down on a
 # socket of their own, the lane: in the other one there may be calls before them.
 
-def _plain(words):
+def _pickled(words):
     """Return numbers and words in the form of what travels; nothing of the user's is among them."""
     return _pickle().dumps(words, 5), ()
 
@@ -5675,7 +5675,7 @@ class _Away:
         is_over = ticket.is_over
         if is_over:
             _upstream.tickets.pop(ticket.number, None)
-        is_sent = _upstream.send(_message(_TICKET, _plain(
+        is_sent = _upstream.send(_message(_TICKET, _pickled(
             (ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))))
         if is_over:
             ticket.grants = None
@@ -5789,7 +5789,7 @@ class _Lane:
 
     def send(self, number, is_granted, answer):
         """Send a verdict, or an answer, to a ticket; what the socket does not take follows when it does."""
-        self.outbox += _message(_VERDICT, _plain((number, is_granted, answer)))
+        self.outbox += _message(_VERDICT, _pickled((number, is_granted, answer)))
         if not self.is_blocked:
             self._flush()
 
