@@ -1969,18 +1969,22 @@ class WaitingForLimitsTests(CleanTestCase):
         def handler(number, frame):
             with limits.try_acquire():
                 pass
-            if random.random() < 0.5:
+            if armed and random.random() < 0.5:
                 raise Alarm
         rng, previous = random.Random(5), signal.signal(signal.SIGALRM, handler)
         other = in_thread(lambda: [limits.acquire(timeout=SAFETY).release() for _ in range(2000)])
+        armed = []
         try:
             while len(caught) < 100:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 2e-4))
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 2e-4))
+                    armed.append(1)
                     for _ in range(100):
                         with limits.acquire(timeout=SAFETY):
                             pass
+                    armed.clear()
                 except Alarm:
+                    armed.clear()
                     caught.append(1)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
