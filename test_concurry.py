@@ -2017,9 +2017,17 @@ class LimitPoolTests(CleanTestCase):
         self.assertFalse(pool.try_acquire().successful)
         with self.assertRaises(concurrent.futures.TimeoutError):
             pool.acquire(timeout=0)
-        held[2].release()
-        self.assertEqual(pool.acquire().config["account"], 0)           # the only one that has something
-        self.assertEqual([stats["c"]["in_use"] for stats in pool.get_stats()], [1, 2, 2])
+        held[0].release()                       # it is the turn of 0, and only 1 has something
+        last = pool.acquire(timeout=SAFETY)
+        self.assertEqual(last.config["account"], 1)
+        self.assertEqual([stats["c"]["in_use"] for stats in pool.get_stats()], [2, 2, 2])
+        last.release()
+
+        async def main():
+            pool.try_acquire().release()        # now it is that of 2
+            async with pool.async_acquire(timeout=SAFETY) as acquired:
+                return acquired.config["account"]
+        self.assertEqual(asyncio.run(main()), 1)
         self.assertIs(pool[1], pool._sets[1])
 
     def test_chance(self):
@@ -4032,6 +4040,9 @@ class Departing(Worker):
     def __init__(self, ends):
         self.ends = ends
 
+    def me(self):
+        return self
+
     def __del__(self):
         self.ends.put(self.limits)
 
@@ -4253,6 +4264,11 @@ class LimitedTaskTests(CleanTestCase):
                 handle = self.start(cls, ends, mode=mode, limits=limits)
                 handle.stop()
                 self.assertIs(ends.get(timeout=SAFETY), limits if cls is Departing else ends)
+        handle = self.start(Departing, ends, mode="thread", limits=limits)
+        left_behind = handle.me().result(SAFETY)
+        handle.stop()
+        self.assertIs(left_behind.limits, limits)
+        del left_behind
         gc.collect()
         self.assertEqual([kept for kept, _ in concurry._limits_of.values() if kept is limits], [])
 
