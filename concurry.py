@@ -35,11 +35,12 @@ Python (3.9 or newer) and may be copied into a project, under any name.
 __all__ = [
     "ALL_COMPLETED", "BaseFuture", "CallLimit", "ExecutionMode", "Executor", "FIRST_COMPLETED",
     "FIRST_EXCEPTION", "Limit", "LimitPool", "LimitSet", "LoadBalancingAlgorithm", "RateLimit",
-    "RateLimitAlgorithm", "RateWindow", "RemoteError", "ResourceLimit", "ReturnWhen", "TaskWorker", "Worker",
-    "WorkerDiedError", "__version__", "as_completed", "async_gather", "async_wait", "gather",
-    "global_config", "task", "wait", "worker", "wrap_future",
+    "RateLimitAlgorithm", "RateWindow", "RemoteError", "ResourceLimit", "RetryAlgorithm", "RetryConfig",
+    "RetryValidationError", "ReturnWhen", "TaskWorker", "Worker", "WorkerDiedError", "__version__",
+    "as_completed", "async_gather", "async_wait", "gather", "global_config", "task", "temp_config", "wait",
+    "worker", "wrap_future",
 ]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 import atexit
 import bisect
@@ -140,6 +141,15 @@ class RateWindow(_Choice):
         return {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}[self.value]
 
 
+class RetryAlgorithm(_Choice):
+    """How the waits between attempts grow; `RetryConfig` tells how."""
+
+    Exponential = ("exponential",)
+    Linear = ("linear",)
+    Fibonacci = ("fibonacci",)
+    Fixed = ("fixed",)
+
+
 class ReturnWhen(_Choice):
     """When `wait` returns: the constants of concurrent.futures, and equal to them."""
 
@@ -231,6 +241,30 @@ def _choice(kind):
     return (lambda value: value if isinstance(value, kind) else kind(value)), kind._choices()
 
 
+def _share(value):
+    number = float(value)
+    if isinstance(value, bool) or not 0 <= number <= 1:
+        raise ValueError
+    return number
+
+
+def _by_method(read, expected):
+    """Read an option that may also be a dict by method name."""
+    def parse(value):
+        return {str(name): read(each) for name, each in value.items()} if isinstance(value, dict) else read(value)
+    return parse, f"{expected}, or a dict of such by method name, '*' for the others"
+
+
+# How a call is made again: each by method name, too, but for the cap.
+_RETRY_OPTIONS = {
+    "num_retries": _by_method(*_whole(0, none=False)),
+    "retry_on": _by_method(lambda value: _read_filters(value), "exception classes or callables, one or a list"),
+    "retry_algorithm": _by_method(*_choice(RetryAlgorithm)),
+    "retry_wait": _by_method(_seconds, "a number of seconds from 0"),
+    "retry_max_wait": (_seconds, "a number of seconds from 0"),
+    "retry_jitter": _by_method(_share, "a number from 0 to 1"),
+    "retry_until": _by_method(lambda value: _read_validators(value), "callables, one or a list, or None"),
+}
 # Every option: how its value is read, and what is expected in words.
 _OPTIONS = {
     "mode": _choice(ExecutionMode),
@@ -243,6 +277,8 @@ _OPTIONS = {
     "limits": (lambda value: _read_limits(value), "a LimitSet, a LimitPool, or a list of limits or of LimitSets"),
     "mp_context": _choice(_StartMethod),
     "on_demand_linger": (_seconds, "a number of seconds from 0"),
+    **_RETRY_OPTIONS,
+    "retry_config": (lambda value: _read_config(value), "a RetryConfig, or None"),
 }
 # Settings that only the configuration has.
 _SETTINGS = {
@@ -270,18 +306,29 @@ def _parse(name, value, known=_OPTIONS):
         raise ValueError(f"{name}={value!r} is not possible: {expected}") from None
 
 
-class _Settings:
-    """A table of settings: assigned as attributes, validated at once."""
+_temporary = contextvars.ContextVar("concurry_temporary", default=types.MappingProxyType({}))   # (table, name): value
 
-    def __init__(self, **values):
-        self.__dict__.update(values)
+
+class _Settings:
+    """A table of settings: assigned as attributes, validated at once; `temp_config` is seen through it."""
+
+    def __init__(self, table, **values):
+        self.__dict__.update(_table=table, _values=values)
+
+    def _current(self):
+        """Return all that is set, here and by `temp_config`, as a dict."""
+        for_now = _temporary.get().items()
+        return {**self._values, **{name: value for (table, name), value in for_now if table == self._table}}
 
     def __setattr__(self, name, value):
-        self.__dict__[name] = _parse(name, value, _SETTINGS)
+        self._values[name] = _parse(name, value, _SETTINGS)
 
     def __getattr__(self, name):
-        raise AttributeError(f"{name!r} is not set here" if name in _SETTINGS
-                             else f"unknown setting {name!r}{_nearest(name, _SETTINGS)}")
+        try:
+            return self._current()[name]
+        except KeyError:
+            raise AttributeError(f"{name!r} is not set here" if name in _SETTINGS
+                                 else f"unknown setting {name!r}{_nearest(name, _SETTINGS)}") from None
 
 
 class _Config:
@@ -296,17 +343,19 @@ class _Config:
         self.reset_to_defaults()
 
     def reset_to_defaults(self):
-        """Set everything to what concurry comes with."""
+        """Set everything to what concurry comes with; what `temp_config` holds stays until its end."""
         self.defaults = _Settings(
-            mode=None, blocking=False, max_workers=1, load_balancing=LoadBalancingAlgorithm.RoundRobin,
+            "global", mode=None, blocking=False, max_workers=1, load_balancing=LoadBalancingAlgorithm.RoundRobin,
             load_balancing_on_demand=LoadBalancingAlgorithm.Random, on_demand=False,
             task_decorator_on_demand=True, on_demand_linger=1.0, max_queued_tasks=None,
             unwrap_futures=True, limits=None, stop_timeout=30.0,
+            num_retries=0, retry_on=[Exception], retry_algorithm=RetryAlgorithm.Exponential, retry_wait=1.0,
+            retry_max_wait=60.0, retry_jitter=1.0, retry_until=None, retry_config=None,
             mp_context=_StartMethod.Forkserver if hasattr(os, "fork") else _StartMethod.Spawn)
-        self.sync = _Settings()
-        self.asyncio = _Settings()
-        self.thread = _Settings(max_workers=24, max_queued_tasks=100)
-        self.process = _Settings(max_workers=4, max_queued_tasks=5)
+        self.sync = _Settings("sync")
+        self.asyncio = _Settings("asyncio")
+        self.thread = _Settings("thread", max_workers=24, max_queued_tasks=100)
+        self.process = _Settings("process", max_workers=4, max_queued_tasks=5)
 
     def __setattr__(self, name, value):
         if not isinstance(value, _Settings):
@@ -315,11 +364,51 @@ class _Config:
         self.__dict__[name] = value
 
     def get_defaults(self, mode):
-        """Return the settings that hold for a mode, as a dict."""
-        return {**self.defaults.__dict__, **getattr(self, ExecutionMode(mode).value).__dict__}
+        """Return the settings that hold for a mode, here and now, as a dict."""
+        return {**self.defaults._current(), **getattr(self, ExecutionMode(mode).value)._current()}
+
+    def __reduce__(self):
+        # What holds here and now travels, for good.
+        return _config_of, ({name: settings._current() for name, settings in vars(self).items()},)
+
+
+def _config_of(tables):
+    config = _Config()
+    for name, values in tables.items():
+        config.__dict__[name] = _Settings(getattr(config, name)._table, **values)
+    return config
 
 
 global_config = _Config()
+_INITIAL = dict(global_config.defaults._values)
+
+
+class temp_config:
+    """Change settings within a `with` block: `with temp_config(global_num_retries=3, thread_max_workers=10):`.
+
+    A name is a table, `global` or a mode, and a setting. It holds for this thread, or asyncio task, and for the tasks
+    that are started in the block; others do not see it. It nests, and ends with the block, whatever that raises.
+    Raises ValueError at once for a name that it does not know and for an impossible value.
+    """
+
+    def __init__(self, **settings):
+        self._changes, self._tokens = {}, []
+        tables = ("global", *(mode.value for mode in ExecutionMode))
+        for full, value in settings.items():
+            table, _, name = full.partition("_")
+            if table not in tables or name not in _SETTINGS:
+                hint = f", did you mean 'global_{full}'?" if full in _SETTINGS else \
+                    _nearest(full, [f"{each}_{setting}" for each in tables for setting in _SETTINGS])
+                raise ValueError(f"unknown setting {full!r}{hint}")
+            self._changes[table, name] = _parse(name, value, _SETTINGS)
+
+    def __enter__(self):
+        self._tokens.append(_temporary.set({**_temporary.get(), **self._changes}))
+        return global_config
+
+    def __exit__(self, *exc_info):
+        _temporary.reset(self._tokens.pop())
+
 
 _ONE_WORKER = (ExecutionMode.Sync, ExecutionMode.Asyncio)
 
@@ -333,6 +422,11 @@ class _Options(types.SimpleNamespace):
         if mode is None:
             raise ValueError(f"mode is required: {ExecutionMode._choices()}")
         defaults = global_config.get_defaults(mode)
+        given = {**vars(given.get("retry_config") or defaults["retry_config"] or types.SimpleNamespace()), **given}
+        for name in _RETRY_OPTIONS:
+            if isinstance(given.get(name, defaults[name]), dict):       # by method: the rest has the default
+                rest = defaults[name] if isinstance(defaults[name], dict) else {"*": defaults[name]}
+                given[name] = {"*": _INITIAL[name], **rest, **given.get(name, {})}
         on_demand = given.get("on_demand", defaults["on_demand"])
         size = given.get("max_workers")
         if mode in _ONE_WORKER:
@@ -1185,6 +1279,337 @@ class _Nested:
         return new.get(id(self.root), self.root)
 
 
+# === Retries ===
+
+_LEFT_OUT = object()
+_RUN = object()                 # what a retry loop yields to have the call made once
+
+
+class RetryValidationError(RuntimeError):
+    """No attempt had a result that satisfied `retry_until`.
+
+    `attempts` is how many were made, `all_results` what those returned that did not raise, `validation_errors`
+    what was wrong with each of these, in words, `method_name` the method.
+    """
+
+    def __init__(self, attempts, all_results, validation_errors, method_name):
+        super().__init__(f"none of {attempts} attempts of {method_name}() had a valid result: {validation_errors[-1]}")
+        self.attempts, self.all_results = attempts, all_results
+        self.validation_errors, self.method_name = validation_errors, method_name
+
+    def __reduce__(self):
+        return type(self), (self.attempts, self.all_results, self.validation_errors, self.method_name)
+
+
+class RetryConfig:             # noqa: PLW1641
+    """The options of retries in one object: `options(retry_config=RetryConfig(num_retries=3))`.
+
+    num_retries: further attempts after the first.
+    retry_on: what is tried again: exception classes, or callables, one or a list. A callable gets the exception
+        first, and by name what it accepts of `attempt`, `elapsed_time` (seconds), `method_name`, `worker_class` (its
+        name), `args`, `kwargs`. It returns whether, or, as a float, after how many seconds at least.
+    retry_algorithm: how the wait grows with the attempts k = 1, 2, ...: "exponential" retry_wait * 2**(k-1), "linear"
+        retry_wait * k, "fibonacci" retry_wait * (1, 1, 2, 3, 5, ...), "fixed" retry_wait.
+    retry_wait: seconds.
+    retry_max_wait: the most seconds of a wait, before jitter. An exception's `retry_after` (seconds) is not
+        capped: it is waited for, and at most a tenth longer.
+    retry_jitter: the share of the wait that is left to chance, from 0 to 1: at 1 it is anything from 0 to the wait.
+    retry_until: validators of the result, called likewise with the result; all have to return true.
+
+    What is left out is configured (`global_config`); each but `retry_max_wait` may be a dict by method name, with
+    "*" for the others. An option that is given beside the object wins. Raises ValueError for impossible values.
+    """
+
+    def __init__(self, num_retries=_LEFT_OUT, retry_on=_LEFT_OUT, retry_algorithm=_LEFT_OUT, retry_wait=_LEFT_OUT,
+                 retry_max_wait=_LEFT_OUT, retry_jitter=_LEFT_OUT, retry_until=_LEFT_OUT):
+        given = {name: value for name, value in locals().items() if name in _RETRY_OPTIONS and value is not _LEFT_OUT}
+        self.__dict__.update({name: _parse(name, value) for name, value in given.items()})
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name!r} cannot be set: make another RetryConfig")
+
+    def __eq__(self, other):
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __repr__(self):
+        return f"RetryConfig({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+def _read_config(value):
+    if value is not None and not isinstance(value, RetryConfig):
+        raise ValueError
+    return value
+
+
+def _accepting(fn, first, others):
+    """Return ask(values): `fn` called with `values[first]` first, and by name with what it accepts of the others."""
+    import inspect
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):         # a builtin that does not tell
+        return lambda values: fn(values[first])
+    bound = fn.keywords if isinstance(fn, functools.partial) else ()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names = [parameter.name for parameter in parameters
+             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    in_front = next((parameter for parameter in parameters if parameter.name not in bound and parameter.kind in (
+        parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.VAR_POSITIONAL)), None)
+    by_name = in_front is None or first in names and in_front.name != first and in_front.name in others
+    wanted = {name for name in (first, *others) if takes_all or name in names} - set(bound)
+    if by_name:
+        return lambda values: fn(**{name: values[name] for name in wanted})
+    wanted -= {first, in_front.name}
+    return lambda values: fn(values[first], **{name: values[name] for name in wanted})
+
+
+def _several_of(value):
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _read_filters(value):
+    """Read `retry_on`: exception classes and callables."""
+    filters = _several_of(value)
+    for each in filters:
+        if not (issubclass(each, BaseException) if isinstance(each, type) else callable(each)):
+            raise _Reason(f"{each!r} is neither a class of exceptions nor a callable")
+    return filters
+
+
+def _read_validators(value):
+    """Read `retry_until`: None, or callables."""
+    if value is None:
+        return None
+    validators = _several_of(value)
+    for each in validators:
+        if not callable(each):
+            raise _Reason(f"{each!r} is not callable")
+    return validators
+
+
+def _own_error(error):
+    """Mark an error as misuse of this module: to try again would be of no use."""
+    error._is_misuse = True
+    return error
+
+
+def _is_misuse(error):
+    pickle = sys.modules.get("pickle")
+    return getattr(error, "_is_misuse", False) or pickle is not None and isinstance(error, pickle.PicklingError)
+
+
+def _seconds_in(value):
+    """Return a wait that an exception or a filter asks for, or None."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    return None
+
+
+@functools.lru_cache(None)
+def _dice():
+    # The system's: workers that are forked would all throw the same numbers, and come again together.
+    import random
+    return random.SystemRandom()
+
+
+_exhausted = contextvars.ContextVar("concurry_exhausted", default=None)    # errors that inner calls have given up on
+
+
+class _Retries:
+    """How often, after what, and after how long the calls of a method are made again."""
+
+    def __init__(self, num_retries, retry_on, retry_algorithm, retry_wait, retry_max_wait, retry_jitter, retry_until):
+        self.most = num_retries + 1
+        self.classes = tuple(each for each in retry_on if isinstance(each, type))
+        names = "attempt", "elapsed_time", "method_name", "worker_class", "args", "kwargs"
+        self.filters = [_accepting(each, "exception", names) for each in retry_on if not isinstance(each, type)]
+        self.validators = [(each, _accepting(each, "result", names)) for each in retry_until or ()]
+        self.factor, self.wait = _BACKOFFS[retry_algorithm], retry_wait
+        self.max_wait, self.jitter = retry_max_wait, retry_jitter
+
+    def attempts(self, method, worker_class, args, kwargs, clock=time.monotonic):
+        """Make a call until it is right: a loop that others drive.
+
+        It yields _RUN, and is sent what the call came to, (kind, value); or seconds to wait, and is sent whether that
+        was cut short. It returns what the call came to in the end.
+        """
+        began, results, invalid, earlier = clock(), [], [], None
+        given_up = _exhausted.get()
+        if given_up is None:
+            _exhausted.set(given_up := [])
+        for attempt in itertools.count(1):
+            kind, value = yield _RUN
+            if kind is _RESULT and not self.validators:
+                return kind, value
+            values = {"attempt": attempt, "elapsed_time": clock() - began, "method_name": method,
+                      "worker_class": worker_class, "args": args, "kwargs": kwargs}
+            if kind is _ERROR:
+                again, least = self._wants_again(value, values, given_up)
+                reason = repr(value)
+            else:
+                reason = self._what_is_wrong(value, values)
+                if reason is None:
+                    return kind, value
+                results.append(value)
+                invalid.append(reason)
+                again, least = True, None
+                kind, value = _ERROR, RetryValidationError(attempt, list(results), list(invalid), method)
+            if earlier is not None:
+                _remember(value, earlier)
+            if not again or attempt >= self.most:
+                break
+            earlier = value
+            wait = self.delay(attempt, least)
+            logger.debug("%s.%s() failed, attempt %d of %d, and is made again in %.3f s: %s",
+                         worker_class, method, attempt, self.most, wait, reason)
+            if (yield wait):
+                break
+        if self.most > 1 and again:
+            given_up.append(value)
+        if attempt > 1 and hasattr(value, "add_note"):
+            value.add_note(f"concurry made {attempt} attempts of {method}() in {clock() - began:.3g} s")
+        return kind, value
+
+    def _wants_again(self, error, values, given_up):
+        """Tell whether an exception calls for another attempt, and how many seconds it asks for, or None."""
+        asyncio = sys.modules.get("asyncio")
+        never = (KeyboardInterrupt, SystemExit, GeneratorExit, concurrent.futures.CancelledError,
+                 *((asyncio.CancelledError,) if asyncio else ()))
+        if isinstance(error, never):
+            named = tuple(each for each in self.classes if issubclass(each, never))
+            return isinstance(error, named), None
+        if _is_misuse(error) or any(error is each for each in given_up):
+            return False, None
+        least = _seconds_in(getattr(error, "retry_after", None))
+        if isinstance(error, self.classes):
+            return True, least
+        for ask in self.filters:
+            try:
+                answer = ask({"exception": error, **values})
+            except Exception:
+                logger.exception("a filter of retry_on raised this: %s() is not tried again", values["method_name"])
+                return False, None
+            if type(answer) is float:
+                return True, _seconds_in(answer)
+            if answer:
+                return True, least
+        return False, None
+
+    def _what_is_wrong(self, result, values):
+        """Return what a validator has against a result, in words; None if nothing is wrong."""
+        for validator, ask in self.validators:
+            name = getattr(validator, "__name__", None) or repr(validator)
+            try:
+                if not ask({"result": result, **values}):
+                    return f"{name} says no to {_shortened(result)}"
+            except Exception as error:
+                return f"{name} raised {type(error).__name__}: {error}"
+        return None
+
+    def delay(self, attempt, least=None):
+        """Return the seconds to wait after an attempt, the first is 1; `least` is what was asked for, if it was."""
+        if least is not None:
+            return least + _dice().uniform(0, least * 0.1)
+        # Full Jitter: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+        wait = min(self.max_wait, self.wait * self.factor(attempt))
+        return wait * (1 - self.jitter) + _dice().uniform(0, wait) * self.jitter
+
+
+def _shortened(value):
+    import reprlib
+    return reprlib.repr(value)
+
+
+def _fibonacci(n):
+    a, b = 1.0, 1.0
+    for _ in range(min(n, 1000) - 1):
+        a, b = b, a + b
+    return a
+
+
+_BACKOFFS = {
+    RetryAlgorithm.Exponential: lambda attempt: 2.0 ** min(attempt - 1, 1000),
+    RetryAlgorithm.Linear: float,
+    RetryAlgorithm.Fibonacci: _fibonacci,
+    RetryAlgorithm.Fixed: lambda attempt: 1.0,
+}
+
+
+def _remember(error, earlier):
+    """Have the exception of an earlier attempt reachable from a later one, as its context."""
+    seen = set()
+    while error.__context__ is not None and id(error) not in seen:
+        seen.add(id(error))
+        error = error.__context__
+    known = earlier
+    while known is not None:
+        if known is error or id(known) in seen:
+            return                          # the same exception was raised again
+        known = known.__context__
+    error.__context__ = earlier
+
+
+class _Halt:
+    """What cuts the waits of a worker short: once set, nothing is tried again."""
+
+    def __init__(self, before_waiting=None):
+        self.is_set = False
+        self.bells = set()
+        self.before_waiting = before_waiting
+
+    def set(self):
+        self.is_set = True
+        for bell in list(self.bells):
+            bell.wake()
+
+    def pause(self, seconds):
+        """Sleep; return whether that was cut short."""
+        bell = self._bell()
+        try:
+            deadline = time.monotonic() + seconds
+            while not self.is_set and time.monotonic() < deadline:
+                bell.sleep(deadline - time.monotonic())
+        finally:
+            self.bells.discard(bell)
+        return self.is_set
+
+    async def pause_async(self, seconds):
+        """Do the same without blocking the running loop."""
+        bell = self._bell()
+        try:
+            if not self.is_set:
+                await bell.sleep_async(seconds)
+        finally:
+            self.bells.discard(bell)
+        return self.is_set
+
+    def _bell(self):
+        if self.before_waiting is not None:
+            self.before_waiting()
+        bell = _Bell()
+        self.bells.add(bell)
+        return bell
+
+
+def _drive(steps, run, halt):
+    """Drive a retry loop in this thread; `run()` makes the call."""
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(run() if step is _RUN else halt.pause(step))
+    except StopIteration as end:
+        return end.value
+
+
+async def _drive_async(steps, run, halt):
+    """Drive a retry loop on an event loop; `run()` is awaited."""
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(await run() if step is _RUN else await halt.pause_async(step))
+    except StopIteration as end:
+        return end.value
+
+
 # === Rate arithmetic ===
 #
 # Pure functions of (amount, now): nothing here waits or reads a clock. Times are whole
@@ -1570,9 +1995,9 @@ class Limit:
         n = _number(n, "the amount of ", self.key)
         if not 0 <= n <= _LARGEST or self.is_whole and n != int(n):
             kind = "whole" if self.is_whole else "finite"
-            raise ValueError(f"cannot acquire {n} of {self.key!r}: a {kind} number from 0 is needed")
+            raise _own_error(ValueError(f"cannot acquire {n} of {self.key!r}: a {kind} number from 0 is needed"))
         if n > self.capacity:
-            raise ValueError(f"cannot acquire {n} of {self.key!r}: its capacity is {self.capacity}")
+            raise _own_error(ValueError(f"cannot acquire {n} of {self.key!r}: its capacity is {self.capacity}"))
         return n
 
     def __setattr__(self, name, value):
@@ -1970,7 +2395,8 @@ class LimitSet:
         if home.is_far and _would_stall():
             acquired = self._try(home, ticket, owed)
             if not acquired.successful:
-                raise RuntimeError(_STALLS) if timeout is None or timeout > 0 else self._timeout(ticket, timeout)
+                raise _own_error(RuntimeError(_STALLS)) if timeout is None or timeout > 0 else \
+                    self._timeout(ticket, timeout)
             return acquired
         try:
             home.attend(ticket)
@@ -2064,7 +2490,7 @@ class LimitSet:
             raise RuntimeError("acquire() would have to wait here, in a done-callback on the thread that brings the "
                                "answers of worker processes: acquire in the call itself, or submit one that does")
         if _would_stall() and (timeout is None or timeout > 0):
-            raise RuntimeError(_STALLS)
+            raise _own_error(RuntimeError(_STALLS))
         ticket.bell = _Bell()
         for seconds in self._steps(home, ticket, timeout):
             ticket.bell.sleep(seconds)
@@ -2197,8 +2623,9 @@ class _Acquisition:
     def _check_told(self, usage):
         missing = [key for key in self._owed if key not in usage]
         if missing:
-            raise RuntimeError(f"what was used of {', '.join(map(repr, missing))} was not told, and all that was "
-                               f"acquired counts as used: call update({{{missing[0]!r}: ...}}) within the block")
+            raise _own_error(RuntimeError(
+                f"what was used of {', '.join(map(repr, missing))} was not told, and all that was acquired counts "
+                f"as used: call update({{{missing[0]!r}: ...}}) within the block"))
 
     async def __aenter__(self):
         return self
@@ -2397,18 +2824,23 @@ def _limits_for_worker(option):
 
 
 _UNLIMITED = LimitSet()
-_WITHOUT = _UNLIMITED, None
+_WITHOUT = _UNLIMITED, None, None
 _worker_index = 0               # of the worker process that this is
 
 # By id: a worker's object may be frozen, have slots, or replace its __dict__ in its constructor.
 _limits_of = {}
 
 
-def _give_limits(target, limits):
-    """Let `self.limits` of a worker's object be these, as long as it lives."""
+def _give_limits(target, limits, runner=None):
+    """Let `self.limits` of a worker's object be these, as long as it lives; `runner` retries what it calls itself."""
     number = id(target)
     follow = weakref.ref(target, lambda _: _limits_of.pop(number, None)) if type(target).__weakrefoffset__ else None
-    _limits_of[number] = limits, follow
+    _limits_of[number] = limits, runner, follow
+
+
+def _runner_of(target):
+    """Return the runner of an object that lives in a worker with retries, else None."""
+    return _limits_of.get(id(target), _WITHOUT)[1]
 
 
 # === Balancing ===
@@ -2496,6 +2928,7 @@ class _Call:
     shared = None               # ... the function that has to be there first, ...
     link = None                 # ... and where it was sent
     task = None                 # the asyncio task that carries it out
+    steps = None                # the retry loop of a plain method in asyncio mode
     watch = None                # while it waits for futures among its arguments
     is_late = False             # it had to wait for them
 
@@ -2550,11 +2983,12 @@ def _attempt(fn, args, kwargs):
 class _Recipe:
     """How to build the user's object, again if need be."""
 
-    def __init__(self, cls, args, kwargs, bound, limits):
+    def __init__(self, cls, args, kwargs, bound, options):
         self.cls, self.args, self.kwargs = cls, args, kwargs
         self.bound = bound          # the function that a TaskWorker always calls
-        self.limits = _limits_for_worker(limits)
-        self.config = global_config
+        self.limits = _limits_for_worker(options.limits)
+        self.retries = {name: getattr(options, name) for name in _RETRY_OPTIONS}
+        self.config = copy.copy(global_config)      # as it is here and now
 
     def build(self):
         around = _here.made
@@ -2577,33 +3011,70 @@ class _Runner:
     Made, used and closed in the worker's own thread, and so is the object.
     """
 
-    def __init__(self, recipe, loop=None):
+    def __init__(self, recipe, halt, loop=None):
         self._loop, self._owns_loop = loop, loop is None
         self._async_names = {name for name, value in _definitions(recipe.cls)
                              if _is_async(getattr(value, "__func__", value))}
         if self._owns_loop and self._async_names:
             self._own_loop()
+        self.halt = halt
         self.target = None
+        self.retries = _retries_by_method(recipe)
+        self.class_name = recipe.cls.__name__
         try:
             self.target = recipe.build()
         except BaseException:
             self.close()
             raise
-        _give_limits(self.target, recipe.limits)
+        _give_limits(self.target, recipe.limits, self if self.retries else None)
+        if self.retries and not isinstance(self.target, TaskWorker):
+            for name in self.retries:
+                _retry_within(type(self.target), name)
 
     def attempt(self, method, args, kwargs):
-        """Call the method; return (kind, value), where the value may be a coroutine still to be run."""
-        return _attempt(getattr(self.target, method), args, kwargs)
+        """Call the method once; return (kind, value), where the value may be a coroutine still to be run."""
+        bound = getattr(self.target, method)
+        return _attempt(_bare(bound) if self.retries else bound, args, kwargs)
+
+    def attempts(self, method, args, kwargs):
+        """Return the retry loop for a call, to be driven; None if it is made once."""
+        retries = self.retries.get(method)
+        if retries is None:
+            return None
+        if isinstance(self.target, TaskWorker):     # its user knows the function, not our method
+            fn, args = (args[0], args[1:]) if method == "submit" else (self.target._fn, args)
+            method = getattr(fn, "__name__", method)
+        return retries.attempts(method, self.class_name, args, kwargs)
 
     def outcome(self, method, args, kwargs):
         """Carry out a call in this thread, a coroutine to its end; return (kind, value)."""
-        outcome = _attempt(getattr(self.target, method), args, kwargs)
+        if self.retries:
+            return self.again(method, args, kwargs, functools.partial(self._once, method, args, kwargs))
+        return self._once(method, args, kwargs)
+
+    def _once(self, method, args, kwargs):
+        outcome = self.attempt(method, args, kwargs)
         return self._complete(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
 
     async def outcome_async(self, method, args, kwargs):
         """Do the same on the running loop, without blocking it."""
+        if self.retries:
+            once = functools.partial(self._once_async, method, args, kwargs)
+            return await self.again_async(method, args, kwargs, once)
+        return await self._once_async(method, args, kwargs)
+
+    async def _once_async(self, method, args, kwargs):
         outcome = self.attempt(method, args, kwargs)
         return await _captured(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
+
+    def again(self, method, args, kwargs, run):
+        """Return what `run()` comes to, which makes the call: once, or as often as the method is tried."""
+        steps = self.attempts(method, args, kwargs)
+        return run() if steps is None else _drive(steps, run, self.halt)
+
+    async def again_async(self, method, args, kwargs, run):
+        steps = self.attempts(method, args, kwargs)
+        return await run() if steps is None else await _drive_async(steps, run, self.halt)
 
     def is_async(self, call):
         """Tell whether the call belongs on the event loop."""
@@ -2646,6 +3117,73 @@ class _Runner:
             finally:
                 if loop is not self._loop:
                     _close_loop(loop)
+
+
+def _retries_by_method(recipe):
+    """Return a _Retries for each method whose calls are ever made again, or validated."""
+    cls, made = recipe.cls, {}
+    if issubclass(cls, TaskWorker):
+        names = {"submit", "__call__", *(name for name, _ in _definitions(cls))}
+    else:
+        names = {name for base in cls.__mro__ if base.__module__.partition(".")[0] not in _MODELS
+                 for name in vars(base) if not name.startswith("_") and base not in (object, Worker)}
+    for name in names:
+        chosen = {option: value.get("submit" if name == "__call__" and name not in value else name, value["*"])
+                  if isinstance(value, dict) else value for option, value in recipe.retries.items()}
+        if (chosen["num_retries"] or chosen["retry_until"]) and callable(getattr(cls, name, None)):
+            made[name] = _Retries(**chosen)
+    return made
+
+
+_MODELS = ("pydantic", "morphic")       # whose own methods are not the worker's
+
+
+def _bare(method):
+    """Return a bound method without the retries of `_retry_within`."""
+    bare = getattr(getattr(method, "__func__", None), "_bare", None)
+    return method if bare is None else bare.__get__(method.__self__)
+
+
+def _retry_within(cls, name):
+    """Have `self.name()` in the methods of a worker's object retried by its own settings.
+
+    The class is changed, for an object may be frozen, have slots or be a model. Objects that live in no
+    worker, or in one without retries, are called as before.
+    """
+    for base in cls.__mro__:
+        if name in vars(base):
+            bare = vars(base)[name]
+            break
+    if isinstance(bare, (staticmethod, classmethod, type)) or getattr(bare, "_bare", None) is not None:
+        return
+
+    def call(self, /, *args, **kwargs):
+        runner = _runner_of(self)
+        method = bare.__get__(self, type(self))
+        if runner is None or name not in runner.retries:
+            return method(*args, **kwargs)
+        kind, value = runner.again(name, args, kwargs, lambda: _attempt(method, args, kwargs))
+        if kind is _ERROR:
+            raise value
+        return value
+
+    async def call_async(self, /, *args, **kwargs):
+        runner = _runner_of(self)
+        method = bare.__get__(self, type(self))
+        if runner is None or name not in runner.retries:
+            return await method(*args, **kwargs)
+        kind, value = await runner.again_async(name, args, kwargs, lambda: _captured(method(*args, **kwargs)))
+        if kind is _ERROR:
+            raise value
+        return value
+
+    wrapper = call_async if _is_async(bare) else call
+    try:
+        functools.update_wrapper(wrapper, bare)
+    except (AttributeError, TypeError):
+        pass
+    wrapper._bare = bare
+    setattr(cls, name, wrapper)
 
 
 class _OtherLoop:
@@ -2731,6 +3269,7 @@ class _Backend:
         self.calls = {}                 # placed here and not settled, in order
         self.total = 0                  # ever placed here
         self.runner = None
+        self.halt = _Halt()
         self.started = BaseFuture()
         self.ended = BaseFuture()
 
@@ -2745,6 +3284,10 @@ class _Backend:
 
     def finish(self):
         """End the worker once what was submitted is done."""
+
+    def hurry(self):
+        """Be told that the worker is stopped: nothing is tried again."""
+        self.halt.set()
 
     def kill(self, error):
         """Fail what runs with this error, and end the worker as soon as that can be done."""
@@ -2766,7 +3309,7 @@ class _Backend:
     def _build(self, *args):
         """Make the runner and settle `started`; tell whether the constructor returned."""
         try:
-            self.runner = _Runner(self.pool.recipe, *args)
+            self.runner = _Runner(self.pool.recipe, self.halt, *args)
         except BaseException as error:
             _settle(self.started, _ERROR, _start_error(_without_our_frame(error), self))
             return False
@@ -2902,7 +3445,7 @@ class _OnDemandThreadBackend(_ThreadBackend):
         if context is None or not call.future._begin():
             return runner
         try:
-            runner = runner or _Runner(self.pool.recipe)
+            runner = runner or _Runner(self.pool.recipe, self.halt)
         except BaseException as error:
             outcome = _ERROR, _start_error(_without_our_frame(error), self)
         else:
@@ -2923,6 +3466,7 @@ class _AsyncioBackend(_Backend):
         self.loop = asyncio.new_event_loop()
         self.is_over = False
         self.is_woken = False                   # the loop knows that there is something in it
+        self.waits = set()                      # tasks that wait between attempts of plain methods
         self.plain = queue.SimpleQueue()        # for the companion
         self.thread = threading.Thread(target=self._main, name=self.name, daemon=True)
         self.companion = threading.Thread(target=self._main_beside, name=self.name + "-plain", daemon=True)
@@ -3033,18 +3577,70 @@ class _AsyncioBackend(_Backend):
             pass
 
     def _serve(self, call):
-        """Carry out a plain method; a coroutine that it returns goes on on the loop."""
+        """Carry out a plain method once; a coroutine that it returns goes on on the loop, as do waits."""
         context = call.context
-        if context is not None and call.future._begin():
-            kind, value = context.run(self._attempt, call)
-            if isinstance(value, types.CoroutineType):
-                self.loop.call_soon_threadsafe(self._start, call, context, _captured, value)
-            else:
-                _settle(call.future, kind, value)
+        if context is None:
+            return
+        if call.steps is None:
+            if not call.future._begin():
+                return
+            call.steps = self.runner.attempts(call.method, call.args, call.kwargs) if self.runner.retries else None
+            if call.steps is not None:
+                context.run(next, call.steps)       # that is: run it
+        outcome = context.run(self._attempt, call)
+        if isinstance(outcome[1], types.CoroutineType):
+            self.loop.call_soon_threadsafe(self._start, call, context, self._go_on, call, outcome[1])
+        elif call.steps is None:
+            _settle(call.future, *outcome)
+        else:
+            self._step(call, context, outcome)
+
+    def _step(self, call, context, answer):
+        """Go on with a retry loop: to a wait, another run, or its end."""
+        try:
+            step = context.run(call.steps.send, answer)
+        except StopIteration as end:
+            _settle(call.future, *end.value)
+            return
+        if step is _RUN:
+            self.plain.put(call)
+            return
+        try:
+            self.loop.call_soon_threadsafe(self._start_wait, call, context, step)
+        except RuntimeError:            # it is closed: the worker is stopped
+            self._step(call, context, True)
+
+    def _start_wait(self, call, context, seconds):
+        async def wait():
+            is_cut = await self.halt.pause_async(seconds)
+            self._step(call, context, is_cut)
+        self.waits.add(task := self.loop.create_task(wait()))
+        task.add_done_callback(self.waits.discard)
+
+    async def _go_on(self, call, coroutine):
+        """Carry on with a plain method that has returned a coroutine."""
+        outcome = await _captured(coroutine)
+        if call.steps is None:
+            return outcome
+        runner, method, args, kwargs = self.runner, call.method, call.args, call.kwargs
+        return await _drive_async(_resumed(call.steps, outcome),
+                                  functools.partial(runner._once_async, method, args, kwargs), self.halt)
 
     def _attempt(self, call):
         _calling.set(call)
         return self.runner.attempt(call.method, call.args, call.kwargs)
+
+
+def _resumed(steps, outcome):
+    """Go on with a retry loop that has been sent nothing yet for its last _RUN."""
+    try:
+        step = steps.send(outcome)
+        while True:
+            step = steps.send((yield step))
+    except StopIteration as end:
+        return end.value
+
+
 # === What travels ===
 #
 # Pickle, protocol 5, and three things more. What the other side cannot import (defined in
@@ -3066,6 +3662,7 @@ class _AsyncioBackend(_Backend):
 # process sends to itself; the members of an enum are never made twice.
 
 _BUFFER_SIZE = 64 * 1024         # the size from which pickle writes bytes apart, uncopied
+_MOST_CONTEXTS = 100             # exceptions before an exception that travel with it
 _TRIES = 10_000                  # members looked at, at most, to find the one that fails
 
 _classes = weakref.WeakValueDictionary()    # token: class; type variables have tokens, too
@@ -3361,6 +3958,8 @@ def _attributes(function):
 def _reduce_function(pickler, function):
     if _is_found(function, function.__qualname__):
         return NotImplemented
+    if hasattr(function, "_bare"):          # a method that is retried here: there its worker sees to that
+        return _identity, (function._bare,)
     if _is_task(function):
         return _function_of_task, (function.__module__, function.__qualname__)
     cells = function.__closure__
@@ -3370,6 +3969,10 @@ def _reduce_function(pickler, function):
     if id(function) in pickler.bare:
         return made
     return made + (_function_state(function, scope), None, None, _fill_function)
+
+
+def _identity(value):
+    return value
 
 
 def _is_task(function):
@@ -3897,26 +4500,44 @@ def _dump_error(error):
 
     One that does not survive the trip, which is tried here, becomes a RemoteError at its end.
     """
-    cls = type(error)
-    name = cls.__qualname__
-    if cls.__module__ != "builtins":
-        name = f"{cls.__module__}.{name}"
-    text, traceback = _text(error), _traceback(error)
     data, buffers = _surviving(error)
-    return _pickle().dumps((data, name, text, traceback), 5), buffers
+    return _pickle().dumps((data, _name_of(error), _text(error), _traceback(error), _contexts(error)), 5), buffers
+
+
+def _name_of(error):
+    cls = type(error)
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _contexts(error):
+    """Return the exceptions before this one, as they travel: those of earlier attempts are among them."""
+    found, seen = [], {id(error)}
+    while error.__context__ is not None and id(error.__context__) not in seen and len(found) < _MOST_CONTEXTS:
+        error = error.__context__
+        seen.add(id(error))
+        data, buffers = _surviving(error)
+        found.append((b"" if buffers else data, _name_of(error), _text(error)))
+    return found
 
 
 def _load_error(data, buffers=()):
     """Return the exception, with a RemoteTraceback as its cause; never raises."""
-    data, name, text, traceback = _loads(data)
-    cause = _RemoteTraceback(traceback)
-    try:
-        error = _loads(data, buffers) if data else RemoteError(name, text, traceback)
-        error.__cause__ = cause
-    except BaseException:               # loading runs code of the user's
-        error = RemoteError(name, text, traceback)
-        error.__cause__ = cause
+    data, name, text, traceback, contexts = _loads(data)
+    error = last = _load_one(data, buffers, name, text, traceback)
+    error.__cause__ = _RemoteTraceback(traceback)
+    for data, name, text in contexts:
+        earlier = _load_one(data, (), name, text, "")
+        last.__context__ = earlier
+        last = earlier
     return error
+
+
+def _load_one(data, buffers, name, text, traceback):
+    try:
+        error = _loads(data, buffers) if data else None
+    except BaseException:               # loading runs code of the user's
+        error = None
+    return error if isinstance(error, BaseException) else RemoteError(name, text, traceback)
 
 
 def _text(error):
@@ -4726,7 +5347,7 @@ def _worker_main(connection):
             elif isinstance(recipe.limits, LimitPool):
                 recipe.limits = copy.copy(recipe.limits)        # with a round of its own
             global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
-            runner = _Runner(recipe)
+            runner = _Runner(recipe, _upstream.halt)
         except BaseException as error:
             _upstream.send(_message(_NOT_BUILT, _dump_error(_without_our_frame(error))))
             return
@@ -5376,6 +5997,13 @@ class _ProcessBackend(_Backend):
 
     # Ending
 
+    def hurry(self):
+        self.reader.post(self._hurry)
+
+    def _hurry(self):
+        if self.link is not None:
+            self.link.lane.send(None, False, None)
+
     def finish(self):
         self.is_finishing = True
         self.reader.post(self._hang_up)
@@ -5599,6 +6227,7 @@ class _Upstream:
         self.numbers = itertools.count()
         self.inbox = _Inbox(lane, (_VERDICT,))
         self.is_heard = False                   # the reader listens to the lane
+        self.halt = _Halt(self.listen)          # set when the parent stops the worker
         lane.setblocking(False)
 
     def send(self, message):
@@ -5626,6 +6255,8 @@ class _Upstream:
     def _hear(self, events):
         for _, _, data, _ in self.inbox.receive():
             number, is_granted, answer = _pickle().loads(data)
+            if number is None:
+                self.halt.set()
             self._tell(self.tickets.pop(number, None), is_granted, answer)
 
     def _tell(self, ticket, is_granted, answer):
@@ -5956,7 +6587,7 @@ class _Pool:
         self.calls[call] = None
         try:
             if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
-                raise RuntimeError(self.closed or "cannot submit: the interpreter is exiting")
+                raise _own_error(RuntimeError(self.closed or "cannot submit: the interpreter is exiting"))
             if _may_hold_futures(args, kwargs) and self.options.unwrap_futures:
                 nested = _Nested([args, kwargs])
                 if nested.futures:
@@ -6216,6 +6847,8 @@ class _Pool:
         dropped = sum(_withdraw(call.future) for call in list(self.calls))
         if dropped:
             logger.warning("%s was stopped: %d calls that had not begun were cancelled", self.name, dropped)
+        for backend in list(self.backends):
+            backend.hurry()
         mine = {_calling.get(), *_here.sync_calls}      # whoever stops cannot wait for itself
         running = [call for call in list(self.calls) if call not in mine]
         waited_for = {call.future for call in running if call.backend is None or not call.backend.stalls_here()}
@@ -6628,9 +7261,20 @@ def _open(cls, given, args, kwargs, sized=False):
     """Build the worker or pool and return its handle."""
     fn = cls._bound_function(*args, **kwargs) if issubclass(cls, TaskWorker) else None
     options = _Options(given, sized)
-    pool = _Pool(_Recipe(cls, args, kwargs, fn, options.limits), options)
+    _check_method_names(cls, given)
+    pool = _Pool(_Recipe(cls, args, kwargs, fn, options), options)
     pool.start()
     return _handle_type(cls)(pool)
+
+
+def _check_method_names(cls, given):
+    """Raise a ValueError for an option by method name that names what the class does not have."""
+    config = given.get("retry_config")
+    for option, value in {**(vars(config) if config else {}), **given}.items():
+        for name in value if option in _RETRY_OPTIONS and isinstance(value, dict) else ():
+            if name != "*" and (name.startswith("_") or not callable(getattr(cls, name, None))):
+                names = [known for known, _ in _definitions(cls) if not known.startswith("_")]
+                raise ValueError(f"{option} names {name!r}: {cls.__name__} has no such method{_nearest(name, names)}")
 
 
 class _Builder:
@@ -6639,6 +7283,7 @@ class _Builder:
     def __init__(self, cls, given):
         self._cls = cls
         self._given = given
+        _check_method_names(cls, given)
         if given.get("mode") or global_config.defaults.mode:
             _Options(given)             # an impossible combination is told now
 
@@ -6666,6 +7311,8 @@ def _options(cls, **given):
     unwrap_futures: futures among the arguments become their results. Default True.
     limits: what `self.limits` is in all its workers: a LimitSet, shared with everyone who has it; a list
         of limits, for a set of its own; a LimitPool, or a list of LimitSets. Default: none.
+    num_retries, retry_on, retry_algorithm, retry_wait, retry_max_wait, retry_jitter, retry_until: see RetryConfig.
+    retry_config: a RetryConfig; what is given beside it wins.
     mp_context: in process mode "forkserver", "spawn" or "fork".
     on_demand_linger: seconds that an idle on-demand TaskWorker is kept.
 
@@ -6799,23 +7446,27 @@ class TaskWorker(Worker):
 
     def _chunk(self, fn, items):
         """Call the function with each item; what one raises is that item's alone."""
-        is_async = _is_async(fn or self._fn)
+        is_async = _is_async(fn or self._fn)        # self: it has no retries of its own, and adds the limits
         if fn is None:
             fn = self._fn if self._wants_limits is None else self
         values, errors = [], {}
         if is_async:
             return self._chunk_async(fn, items, values, errors)
+        runner = _runner_of(self)
         for item in items:
-            try:
-                values.append(fn(*item))
-            except BaseException as error:
-                errors[len(values)] = _without_our_frame(error)
-                values.append(None)
+            run = functools.partial(_attempt, fn, item, {})
+            kind, value = run() if runner is None else runner.again("submit", (fn, *item), {}, run)
+            if kind is _ERROR:
+                errors[len(values)] = value
+            values.append(None if kind is _ERROR else value)
         return _Outcomes(values, errors)
 
     async def _chunk_async(self, fn, items, values, errors):
+        runner = _runner_of(self)
         for item in items:
-            kind, value = await _captured(fn(*item))
+            def run(item=item):
+                return _captured(fn(*item))
+            kind, value = await (run() if runner is None else runner.again_async("submit", (fn, *item), {}, run))
             if kind is _ERROR:
                 errors[len(values)] = value
             values.append(None if kind is _ERROR else value)
@@ -6885,7 +7536,7 @@ class _TaskFunction(_TaskHandle):
         if mode is not None and mode not in _ONE_WORKER:
             given.setdefault("on_demand", global_config.get_defaults(mode)["task_decorator_on_demand"])
         options = _Options(given, sized=True)
-        pool = _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn, options.limits), options)
+        pool = _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn, options), options)
         weakref.finalize(self, pool.finish).atexit = False
         return pool
 

@@ -1127,6 +1127,257 @@ over_modes(globals(), [UnwrapTests])
 over_modes(globals(), [UnwrapHereTests], ["sync", "thread", "asyncio"])
 
 
+# === Retries ===
+
+class Throttled(Exception):
+    def __init__(self, retry_after=None):
+        super().__init__("too many")
+        self.retry_after = retry_after
+
+
+class FixedDice:
+    """Chance that always throws the share of the span that it is told to."""
+
+    def __init__(self, share=1.0):
+        self.share = share
+
+    def uniform(self, low, high):
+        return low + (high - low) * self.share
+
+
+def retries_of(**options):
+    return concurry._Retries(**{**{name: getattr(global_config.defaults, name) for name in concurry._RETRY_OPTIONS},
+                                **{name: concurry._parse(name, value) for name, value in options.items()}})
+
+
+class RetryLoopTests(CleanTestCase):
+    """The loop alone: nothing waits, nothing runs."""
+
+    def setUp(self):
+        patch = unittest.mock.patch.object(concurry, "_dice", FixedDice)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.now = 100.0
+
+    def play(self, retries, outcomes, cut_at=None, context=None):
+        """Let a call come to these outcomes; return (its end, the waits, attempts made)."""
+        waits, outcomes, attempts = [], iter(outcomes), 0
+        context = context or contextvars.copy_context()
+        steps = retries.attempts("fetch", "Api", (1, 2), {"k": 3}, lambda: self.now)
+        try:
+            step = context.run(next, steps)
+            while True:
+                if step is concurry._RUN:
+                    attempts += 1
+                    self.now += 1
+                    outcome = next(outcomes)
+                    kind = "error" if isinstance(outcome, BaseException) else "result"
+                    step = context.run(steps.send, (kind, outcome))
+                else:
+                    waits.append(step)
+                    step = context.run(steps.send, len(waits) == cut_at)
+        except StopIteration as end:
+            return end.value, waits, attempts
+
+    def errors(self, count, kind=KeyError):
+        return [kind(n) for n in range(count)]
+
+    def waits(self, count, **options):
+        return self.play(retries_of(num_retries=count, **options), self.errors(count + 1))[1]
+
+    def test_the_waits_to_the_letter(self):
+        for algorithm, expected in (("exponential", [0.5, 1, 2, 4, 8, 16]), ("linear", [0.5, 1, 1.5, 2, 2.5, 3]),
+                                    ("fibonacci", [0.5, 0.5, 1, 1.5, 2.5, 4]), ("fixed", [0.5] * 6)):
+            self.assertEqual(self.waits(6, retry_algorithm=algorithm, retry_wait=0.5), expected, algorithm)
+            for attempt in (40, 1500, 10 ** 6):
+                self.assertEqual(retries_of(retry_algorithm=algorithm, retry_wait=1e300).delay(attempt), 60)
+        self.assertEqual(self.waits(4, retry_wait=1, retry_max_wait=3), [1, 2, 3, 3])
+
+    def test_jitter(self):
+        concurry._dice = lambda: FixedDice(0.25)
+        for jitter, expected in ((0, [1, 2]), (1, [0.25, 0.5]), (0.5, [0.625, 1.25])):
+            self.assertEqual(self.waits(2, retry_jitter=jitter), expected)
+
+    def test_full_jitter_is_uniform(self):
+        concurry._dice = lambda: dice
+        for seed in range(20):
+            dice = random.Random(seed)
+            thrown = sorted(retries_of(retry_wait=4).delay(2) / 8 for _ in range(2000))
+            # Kolmogorov and Smirnov: 1.95 / sqrt(n) is passed by chance once in a thousand.
+            self.assertLess(max(abs(x - n / 2000) for n, x in enumerate(thrown)), 1.95 / 2000 ** 0.5, seed)
+            self.assertTrue(0 <= thrown[0] and thrown[-1] <= 1)
+
+    def test_attempts(self):
+        for fails, retries, attempts in ((0, 3, 1), (2, 3, 3), (3, 3, 4), (9, 3, 4), (9, 0, 1)):
+            end, waits, made = self.play(retries_of(num_retries=retries), self.errors(fails) + ["fine"] * 9)
+            self.assertEqual((made, len(waits)), (attempts, attempts - 1))
+            self.assertEqual(end if fails < attempts else end[0], ("result", "fine") if fails < attempts else "error")
+
+    def test_the_last_exception_leads_to_the_earlier_ones(self):
+        errors = self.errors(4)
+        (_, error), _, _ = self.play(retries_of(num_retries=3), errors)
+        chain = [error]
+        while chain[-1].__context__ is not None:
+            chain.append(chain[-1].__context__)
+        self.assertEqual(chain, errors[::-1])
+        if sys.version_info >= (3, 11):
+            self.assertRegex(error.__notes__[0], r"4 attempts of fetch\(\) in 4 s")
+        same = KeyError("same")
+        (_, error), _, _ = self.play(retries_of(num_retries=3), [same] * 4)
+        self.assertIs(error, same)
+        self.assertIsNone(error.__context__)
+
+    def test_what_is_tried_again(self):
+        for retry_on, error, again in (
+                (KeyError, KeyError(), True), ([KeyError, OSError], TimeoutError(), True), (KeyError, ValueError(), False),
+                ((KeyError, lambda e: "x" in str(e)), ValueError("x"), True), (lambda e: False, ValueError(), False),
+                (Exception, KeyboardInterrupt(), False), (Exception, SystemExit(), False),
+                (BaseException, GeneratorExit(), False), (BaseException, asyncio.CancelledError(), False),
+                (Exception, concurrent.futures.CancelledError(), False), (lambda e: True, KeyboardInterrupt(), False),
+                (KeyboardInterrupt, KeyboardInterrupt(), True), ([SystemExit, OSError], SystemExit(), True),
+                (asyncio.CancelledError, asyncio.CancelledError(), True), (Exception, pickle.PicklingError(), False)):
+            made = self.play(retries_of(num_retries=1, retry_on=retry_on), [error] * 2)[2]
+            self.assertEqual(made, 1 + again, (retry_on, error))
+
+    def test_misuse_is_not_tried_again(self):
+        limits = LimitSet([RateLimit("t", 5, 60), ResourceLimit("c", 1)])
+        stopped = Counter.options(mode="sync").init()
+        stopped.stop()
+
+        def forget():
+            with limits.acquire({"t": 1}):
+                pass
+
+        async def stall():
+            with limits.acquire():
+                limits.acquire()
+        for misuse in (forget, lambda: limits.acquire({"t": 6}), lambda: limits.acquire({"t": -1}),
+                       lambda: asyncio.run(stall()), stopped.add):
+            with self.assertRaises((RuntimeError, ValueError)) as caught:
+                misuse()
+            self.assertEqual(self.play(retries_of(num_retries=3), [caught.exception] * 4)[2], 1, caught.exception)
+            back = pickle.loads(pickle.dumps(caught.exception))
+            self.assertEqual(self.play(retries_of(num_retries=3), [back] * 4)[2], 1)
+
+    def test_what_filters_are_told(self):
+        seen = []
+
+        class Filter:
+            def __call__(self, exception, attempt, **rest):
+                seen.append((exception, attempt, rest))
+                return True
+
+            def method(self, e, /, elapsed_time, *, worker_class):
+                seen.append((e, elapsed_time, worker_class))
+                return True
+
+        def by_name(*, exception, args, kwargs):
+            seen.append((exception, args, kwargs))
+            return True
+
+        def other_order(attempt, exception):
+            seen.append((exception, attempt))
+            return True
+
+        def bound(prefix, exception, method_name):
+            seen.append((prefix, exception, method_name))
+            return True
+        error = KeyError("e")
+        rest = {"method_name": "fetch", "worker_class": "Api", "args": (1, 2), "kwargs": {"k": 3}}
+        for retry_on, expected in (
+                (Filter(), [(error, n, {**rest, "elapsed_time": n}) for n in (1, 2)]),
+                (Filter().method, [(error, n, "Api") for n in (1, 2)]),
+                (by_name, [(error, (1, 2), {"k": 3})] * 2), (other_order, [(error, 1), (error, 2)]),
+                (functools.partial(bound, "p"), [("p", error, "fetch")] * 2),
+                (functools.partial(bound, prefix="p"), [("p", error, "fetch")] * 2),
+                (lambda *args: seen.append(args) or True, [(error,)] * 2)):
+            seen.clear()
+            self.play(retries_of(num_retries=2, retry_on=retry_on), [error] * 2 + ["fine"])
+            self.assertEqual(seen, expected)
+
+    def test_a_filter_that_raises(self):
+        error = KeyError("the original")
+        with self.assertLogs("concurry", "ERROR"):
+            end, _, made = self.play(retries_of(num_retries=2, retry_on=lambda e: 1 / 0), [error] * 3)
+        self.assertEqual((end, made), (("error", error), 1))
+
+    def test_validators(self):
+        def is_long(result, attempt):
+            return len(result) + attempt > 3
+        end, waits, made = self.play(retries_of(num_retries=3, retry_until=is_long), ["a", "b", "c"])
+        self.assertEqual((end, made, len(waits)), (("result", "c"), 3, 2))
+        (kind, error), _, _ = self.play(retries_of(num_retries=2, retry_until=[str.isalpha, lambda result: result.missing]),
+                                        ["1", "a", "b"])
+        self.assertIs(type(error), RetryValidationError)
+        self.assertIsInstance(error, RuntimeError)
+        for each in (error, pickle.loads(pickle.dumps(error))):
+            self.assertEqual((each.attempts, each.all_results, each.method_name), (3, ["1", "a", "b"], "fetch"))
+            self.assertRegex("|".join(each.validation_errors), r"^isalpha says no to '1'\|<lambda> raised AttributeError.*\|")
+            self.assertRegex(str(each), r"none of 3 attempts of fetch\(\) had a valid result: ")
+        (_, error), _, made = self.play(retries_of(num_retries=0, retry_until=str.isalpha), ["1"])
+        self.assertEqual((error.attempts, made), (1, 1))
+        end, _, made = self.play(retries_of(num_retries=2, retry_until=str.isalpha), ["1", KeyError("x"), "2"])
+        self.assertEqual((end[1].all_results, made), (["1", "2"], 3))
+        self.assertIsInstance(end[1].__context__, KeyError)
+
+    def test_retry_after(self):
+        for share, expected in ((0, 100), (1, 110)):
+            concurry._dice = lambda share=share: FixedDice(share)
+            self.assertEqual(self.play(retries_of(num_retries=1), [Throttled(100), "fine"])[1], [expected])
+            self.assertEqual(self.play(retries_of(num_retries=1, retry_on=lambda e: 100.0), [KeyError(), "fine"])[1], [expected])
+        for after in (None, "soon", True, -1, float("nan"), float("inf")):
+            self.assertEqual(self.play(retries_of(num_retries=1), [Throttled(after), "fine"])[1], [1.0], after)
+        self.assertEqual(self.play(retries_of(num_retries=1, retry_on=lambda e: 7), [KeyError(), "fine"])[1], [1.0])
+        self.assertEqual(self.play(retries_of(num_retries=1, retry_on=lambda e: 0.0), [KeyError(), "fine"])[1], [0.0])
+
+    def test_cut_short(self):
+        errors = self.errors(3)
+        end, waits, made = self.play(retries_of(num_retries=5), errors, cut_at=2)
+        self.assertEqual((end[1], len(waits), made), (errors[1], 2, 2))
+
+    def test_what_an_inner_call_has_given_up_on(self):
+        context = contextvars.copy_context()
+        context.run(concurry._exhausted.set, [])
+        error = KeyError("inner")
+        self.assertEqual(self.play(retries_of(num_retries=2), [error] * 3, context=context)[2], 3)
+        self.assertEqual(self.play(retries_of(num_retries=2), [error] * 3, context=context)[2], 1)
+        self.assertEqual(self.play(retries_of(num_retries=2), [error] * 3)[2], 3)
+
+
+class RetryOptionTests(CleanTestCase):
+    def test_by_method_in_the_configuration(self):
+        with temp_config(global_num_retries={"add": 2}, thread_retry_wait={"*": 3}):
+            self.assertEqual(self.start(Counter, mode="sync").num_retries, {"*": 0, "add": 2})
+            handle = self.start(Counter, mode="thread", num_retries={"echo": 1}, retry_wait={"add": 1})
+            self.assertEqual((handle.num_retries, handle.retry_wait), ({"*": 0, "add": 2, "echo": 1}, {"*": 3, "add": 1}))
+            self.assertEqual(self.start(Counter, mode="sync", num_retries=5).num_retries, 5)
+
+    def test_impossible_values(self):
+        for option, value, text in (("num_retries", -1, "from 0"), ("num_retries", 1.5, "whole"), ("retry_wait", -1, "seconds"),
+                                    ("retry_jitter", 1.5, "from 0 to 1"), ("retry_algorithm", "cubic", "'linear'"),
+                                    ("retry_on", int, "neither"), ("retry_on", [KeyError, "x"], "'x' is neither"),
+                                    ("retry_until", 3, "not callable"), ("retry_max_wait", "x", "seconds"),
+                                    ("retry_config", {"num_retries": 3}, "RetryConfig"), ("num_retries", {"add": -1}, "from 0"),
+                                    ("num_retries", {"fetch": 1}, "Counter has no such method"),
+                                    ("retry_wait", {"ad": 1}, "did you mean 'add'"), ("retry_on", {"_private": KeyError}, "no such")):
+            with self.subTest(option, value=value), self.assertRaisesRegex(ValueError, f"{option}.*{text}"):
+                Counter.options(mode="sync", **{option: value})
+        self.assertRaisesRegex(ValueError, "num_retries", RetryConfig, -1)
+        self.assertRaisesRegex(TypeError, "retries", RetryConfig, retries=1)
+
+    def test_config_object(self):
+        config = RetryConfig(2, retry_on=KeyError, retry_wait={"add": 3})
+        self.assertEqual((config.num_retries, config.retry_on), (2, [KeyError]))
+        self.assertEqual(config, pickle.loads(pickle.dumps(config)))
+        self.assertEqual(repr(RetryConfig(2, retry_jitter=0)), "RetryConfig(num_retries=2, retry_jitter=0.0)")
+        self.assertRaisesRegex(AttributeError, "another RetryConfig", setattr, config, "num_retries", 3)
+        handle = self.start(Counter, mode="sync", retry_config=config, retry_wait=5)
+        self.assertEqual((handle.num_retries, handle.retry_wait, handle.retry_on, handle.retry_jitter), (2, 5, [KeyError], 1))
+        self.assertEqual(self.start(Counter, mode="sync", retry_config=config).retry_wait, {"*": 1.0, "add": 3})
+        with self.assertRaisesRegex(ValueError, "no such method"):
+            Counter.options(mode="sync", retry_config=RetryConfig({"fetch": 1}))
+
+
 # === Rate arithmetic ===
 
 class RateModel:
@@ -4391,6 +4642,384 @@ class ProgramCase(CleanTestCase):
         self.assertEqual(program.popen.returncode, status)
 
 
+# === Retries of workers ===
+
+class Flaky(Worker):
+    """Fails as often as it is told to, in every way; counts what is called."""
+
+    def __init__(self):
+        self.made = collections.Counter()
+
+    def fail(self, times, error=KeyError):
+        self.made["fail"] += 1
+        if self.made["fail"] <= times:
+            raise error(self.made["fail"])
+        return self.made["fail"]
+
+    async def fail_async(self, times):
+        self.made["fail_async"] += 1
+        await asyncio.sleep(0)
+        if self.made["fail_async"] <= times:
+            raise KeyError(self.made["fail_async"])
+        return self.made["fail_async"]
+
+    def coroutine(self, times):
+        return self.fail_later(times)
+
+    async def fail_later(self, times):
+        self.made["coroutine"] += 1
+        if self.made["coroutine"] <= times:
+            raise KeyError
+        return self.made["coroutine"]
+
+    def outer(self, times):
+        self.made["outer"] += 1
+        return self.fail(times)
+
+    async def outer_async(self, times):
+        self.made["outer"] += 1
+        return await self.fail_async(times)
+
+    def count(self):
+        self.made["count"] += 1
+        return self.made["count"]
+
+    def counts(self):
+        return dict(self.made)
+
+    def holding(self):
+        with self.limits.acquire():
+            self.made["holding"] += 1
+            if self.made["holding"] < 3:
+                raise KeyError
+            return self.limits.get_stats()["slots"]["in_use"]
+
+    def fail_once_started(self, started):
+        started.set()
+        raise KeyError("again")
+
+    async def fail_once_started_async(self, started):
+        started.set()
+        raise KeyError("again")
+
+
+@dataclasses.dataclass
+class FlakyData(Worker):
+    times: int = 2
+    made: int = 0
+
+    def inner(self):
+        self.made += 1
+        if self.made <= self.times:
+            raise KeyError(self.made)
+        return self.made
+
+    def outer(self):
+        return self.inner(), self.inner()
+
+
+tries = collections.Counter()
+
+
+def flaky(x, times=1):
+    tries[x] += 1
+    if tries[x] <= times:
+        raise KeyError(x)
+    return x, tries[x]
+
+
+async def flaky_async(x):
+    return flaky(x)
+
+
+class RetryTests:
+    """Over all modes; where nothing is to be seen of it nobody waits."""
+
+    def flaky(self, **options):
+        return self.make(Flaky, **{"num_retries": 3, "retry_wait": 0, **options})
+
+    def test_methods_of_every_kind(self):
+        worker = self.flaky()
+        self.assertEqual([worker.fail(3).result(SAFETY), worker.fail_async(3).result(SAFETY), worker.coroutine(3).result(SAFETY)],
+                         [4, 4, 4])
+
+    def test_the_last_exception(self):
+        with self.assertLogs("concurry", "DEBUG") as logs:
+            worker = self.flaky()
+            error = worker.fail(9).exception(SAFETY)
+            logging.getLogger("concurry").debug("for assertLogs, in process mode")
+        chain = [error.args[0]]
+        while error.__context__ is not None:
+            error = error.__context__
+            chain.append(error.args[0])
+        self.assertEqual(chain, [4, 3, 2, 1])
+        if self.mode != "process":
+            lines = [line for line in logs.output if "Flaky.fail() failed" in line]
+            self.assertEqual(len(lines), 3)
+            self.assertRegex(lines[1], r"^DEBUG:.*attempt 2 of 4.*KeyError\(2\)")
+
+    def test_validators(self):
+        worker = self.flaky(retry_until=lambda result: result > 4)
+        error = worker.count().exception(SAFETY)
+        self.assertEqual((type(error), error.attempts, error.all_results, error.method_name),
+                         (RetryValidationError, 4, [1, 2, 3, 4], "count"))
+        self.assertEqual(worker.count().result(SAFETY), 5)
+
+    def test_by_method_name(self):
+        worker = self.flaky(num_retries={"fail": 1, "*": 0}, retry_until={"count": lambda result: result == 2})
+        self.assertEqual(worker.fail(9).exception(SAFETY).args, (2,))
+        self.assertEqual(worker.fail_async(9).exception(SAFETY).args, (1,))
+        self.assertIsInstance(worker.count().exception(SAFETY), RetryValidationError)
+        self.assertEqual(worker.count().result(SAFETY), 2)
+        worker = self.flaky(num_retries={"fail": 1})
+        self.assertEqual(worker.fail_async(9).exception(SAFETY).args, (1,))
+
+    def test_inner_calls(self):
+        for outer, inner in (("outer", "fail"), ("outer_async", "fail_async")):
+            worker = self.flaky()
+            self.assertEqual(getattr(worker, outer)(2).result(SAFETY), 3)
+            self.assertEqual(worker.counts().result(SAFETY), {"outer": 1, inner: 3})
+            error = getattr(worker, outer)(99).exception(SAFETY)
+            self.assertEqual(error.args, (7,))
+            self.assertEqual(worker.counts().result(SAFETY), {"outer": 2, inner: 7})
+            worker = self.flaky(num_retries={outer: 2, "*": 0})
+            getattr(worker, outer)(99).exception(SAFETY)
+            self.assertEqual(worker.counts().result(SAFETY), {"outer": 3, inner: 3})
+        plain = Flaky()
+        self.assertRaises(KeyError, plain.outer, 1)
+        self.assertEqual(plain.made, {"outer": 1, "fail": 1})
+
+    def test_inner_calls_of_dataclasses(self):
+        self.assertEqual(self.make(FlakyData, num_retries=2, retry_wait=0).outer().result(SAFETY), (3, 4))
+
+    def test_inner_calls_of_models(self):
+        pydantic = self.need("pydantic")
+
+        class Model(Worker, pydantic.BaseModel):
+            times: int = 2
+            made: int = 0
+
+            def inner(self):
+                self.made += 1
+                if self.made <= self.times:
+                    raise KeyError(self.made)
+                return self.made
+
+            def outer(self):
+                return self.inner(), self.model_dump()["made"], type(self.model_dump).__name__
+        self.assertEqual(self.make(Model, num_retries=2, retry_wait=0).outer().result(SAFETY), (3, 3, "method"))
+        self.assertIsNone(getattr(Model.model_dump, "_bare", None))
+
+    def test_limits_are_free_between_attempts(self):
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        seen = []
+
+        def look(exception):
+            seen.append(in_use(limits)["slots"])
+            return True
+        worker = self.flaky(limits=limits, retry_on=look if self.mode != "process" else KeyError)
+        self.assertEqual(worker.holding().result(SAFETY), 1)
+        self.assertEqual(seen, [] if self.mode == "process" else [0, 0])
+        self.assertEqual(limits.get_stats()["slots"]["granted"], 3)
+
+    def test_functions(self):
+        options = {"num_retries": 1, "retry_wait": 0}
+        seen = self.flag().path, self.mode
+        pool = self.make(TaskWorker, **options)
+        self.assertEqual(pool.submit(flaky, ("one", *seen)).result(SAFETY)[1], 2)
+        self.assertEqual(pool.submit(flaky_async, ("async", *seen)).result(SAFETY)[1], 2)
+        items = [(n, *seen) for n in range(6)]
+        self.assertEqual([x[1] for x in pool.map(flaky, items, chunksize=3)], [2] * 6)
+        items = [(n, "async", *seen) for n in range(6)]
+        self.assertEqual([x[1] for x in pool.map(flaky_async, items, chunksize=3)], [2] * 6)
+        bound = self.make(TaskWorker, init={"fn": flaky}, **options)
+        self.assertEqual(bound(("bound", *seen)).result(SAFETY)[1], 2)
+        mapped = bound.map([(n, "bound", *seen) for n in range(4)], [1, 9, 1, 1], chunksize=2)
+        self.assertEqual(next(mapped)[1], 2)
+        self.assertRaises(KeyError, next, mapped)
+
+    def test_tasks(self):
+        if self.mode == "sync":
+            make = task(mode="sync", num_retries=1, retry_wait=0)
+        else:
+            make = task(mode=self.mode, max_workers=1, num_retries=1, retry_wait=0)
+        handle = make(flaky)
+        self.addCleanup(handle.stop)
+        self.assertEqual(handle(("task", self.mode)).result(SAFETY)[1], 2)
+
+    def test_names_that_filters_get_for_functions(self):
+        def named(exception, method_name, args, worker_class):
+            return (method_name, args, worker_class) == ("flaky", (("named",),), "TaskWorker")
+        pool = self.make(TaskWorker, num_retries=1, retry_wait=0, retry_on=named)
+        self.assertEqual(pool.submit(flaky, ("named",)).result(SAFETY)[0], ("named",))
+
+    def test_stop_cuts_the_wait_short(self):
+        for method in ("fail_once_started", "fail_once_started_async"):
+            worker, started = self.flaky(retry_wait=10_000, retry_max_wait=10_000, retry_jitter=0), self.flag()
+            future = in_thread(lambda: getattr(worker, method)(started).exception(SAFETY))
+            started.wait()
+            worker.stop(SAFETY)
+            self.assertEqual(future.result(SAFETY).args, ("again",))
+
+    def test_without_retries_nothing_is_changed(self):
+        before = Counter.add
+        self.make(Counter).add().result(SAFETY)
+        self.assertIs(Counter.add, before)
+
+    def test_a_class_that_is_retried_goes_to_others_as_it_was(self):
+        class Local(Worker):
+            def __init__(self):
+                self.n = 0
+
+            def fail(self, times):
+                self.n += 1
+                if self.n <= times:
+                    raise KeyError(self.n)
+                return self.n
+
+            def outer(self, times):
+                return self.fail(times)
+        for options, expected in (({"num_retries": 2}, 3), ({}, KeyError)):
+            for mode in (self.mode, "process", self.mode):
+                worker = self.start(Local, mode=mode, retry_wait=0, **options)
+                future = worker.outer(2)
+                if expected is KeyError:
+                    self.assertIsInstance(future.exception(SAFETY), KeyError)
+                else:
+                    self.assertEqual(future.result(SAFETY), expected)
+
+
+over_modes(globals(), [RetryTests])
+
+
+class RetryWaitTests(CleanTestCase):
+    """What is done while a call waits for its next attempt."""
+
+    def test_other_calls_of_an_event_loop_run(self):
+        for method in ("fail_once_started", "fail_once_started_async"):
+            worker, started = self.start(Flaky, mode="asyncio", num_retries={method: 1, "*": 0}, retry_wait=10_000,
+                                         retry_max_wait=10_000, retry_jitter=0), self.flag()
+            waiting = getattr(worker, method)(started)
+            started.wait()
+            self.assertEqual((worker.count().result(SAFETY), worker.fail_async(0).result(SAFETY)), (1, 1))
+            self.assertFalse(waiting.done())
+            worker.stop(SAFETY)
+            self.assertEqual(waiting.exception(0).args, ("again",))
+
+    def test_a_coroutine_that_waits_can_be_cancelled(self):
+        worker, started = self.start(Flaky, mode="asyncio", num_retries=1, retry_wait=10_000, retry_max_wait=10_000), self.flag()
+        waiting = worker.fail_once_started_async(started)
+        started.wait()
+        self.assertTrue(waiting.cancel())
+        self.assertEqual(worker.count().result(SAFETY), 1)
+
+    def test_a_waiting_call_keeps_its_place_in_the_queue(self):
+        worker, started = self.start(Flaky, mode="thread", max_queued_tasks=1, num_retries=1, retry_wait=10_000,
+                                     retry_max_wait=10_000, retry_jitter=0), self.flag()
+        first = worker.fail_once_started(started)
+        started.wait()
+        second = in_thread(worker.count)
+        self.assertEqual((first.done(), len(worker._pool.backends[0].calls)), (False, 1))
+        with self.assertLogs("concurry", "WARNING") as logs:
+            worker.stop(SAFETY)
+            logging.getLogger("concurry").warning("the second call may not have come to that")
+        self.assertLessEqual(len(logs.output), 2)
+        self.assertEqual(first.exception(0).args, ("again",))
+        second.exception(SAFETY)
+
+    def test_pauses_are_those_of_the_plan(self):
+        pauses = []
+        with unittest.mock.patch.object(concurry._Halt, "pause", lambda self, seconds: pauses.append(seconds)):
+            for mode in ("sync", "thread"):
+                worker = self.start(Flaky, mode=mode, num_retries=3, retry_wait=2, retry_jitter=0)
+                worker.fail(9).exception(SAFETY)
+        self.assertEqual(pauses, [2, 4, 8] * 2)
+
+    def test_chance_is_the_systems(self):
+        """Forked workers throw different numbers."""
+        self.assertIsInstance(concurry._dice(), random.SystemRandom)
+
+
+# === Configuration for a while ===
+
+class TempConfigTests(CleanTestCase):
+    def look(self, mode="thread"):
+        found = global_config.get_defaults(mode)
+        return found["num_retries"], found["max_workers"]
+
+    def test_nested_and_reverted(self):
+        self.assertEqual(self.look(), (0, 24))
+        with temp_config(global_num_retries=3, thread_max_workers=10):
+            self.assertEqual(self.look(), (3, 10))
+            self.assertEqual((global_config.defaults.num_retries, global_config.thread.max_workers), (3, 10))
+            with self.assertRaises(KeyError), temp_config(thread_num_retries="5"):
+                self.assertEqual((self.look(), self.look("process")), ((5, 10), (3, 4)))
+                raise KeyError
+            self.assertEqual(self.look(), (3, 10))
+            self.assertEqual(self.start(Counter, mode="thread", num_retries=1).num_retries, 1)
+            self.assertEqual(self.start(Counter, mode="thread").num_retries, 3)
+        self.assertEqual((self.look(), hasattr(global_config.thread, "num_retries")), ((0, 24), False))
+
+    def test_again_with_the_same_object(self):
+        config = temp_config(global_num_retries=1)
+        with config, config:
+            self.assertEqual(self.look()[0], 1)
+        self.assertEqual(self.look()[0], 0)
+
+    def test_wrong_names_and_values(self):
+        for name, text in (("num_retries", "global_num_retries"), ("global_num_retrys", "global_num_retries"),
+                           ("ray_max_workers", "unknown setting"), ("thread", "unknown setting")):
+            with self.assertRaisesRegex(ValueError, text):
+                temp_config(**{name: 1})
+        self.assertRaisesRegex(ValueError, "from 0", temp_config, global_num_retries=-1)
+
+    def test_threads_and_tasks_do_not_disturb_each_other(self):
+        inside, go = threading.Event(), threading.Event()
+
+        def other():
+            with temp_config(global_num_retries=7):
+                inside.set()
+                go.wait(SAFETY)
+                return self.look()[0]
+        seen = in_thread(other)
+        inside.wait(SAFETY)
+        self.assertEqual(self.look()[0], 0)
+        go.set()
+        self.assertEqual(seen.result(SAFETY), 7)
+
+        async def one(n):
+            with temp_config(global_num_retries=n):
+                await asyncio.sleep(0)
+                return self.look()[0], await asyncio.ensure_future(self.look_async())
+
+        async def main():
+            return await asyncio.gather(*(one(n) for n in range(5)))
+        self.assertEqual(asyncio.run(main()), [(n, n) for n in range(5)])
+
+    async def look_async(self):
+        return self.look()[0]
+
+    def test_it_travels_with_the_worker(self):
+        for mode, methods in (("thread", [None]), ("process", START_METHODS)):
+            for method in methods:
+                with temp_config(global_num_retries=4):
+                    worker = self.start(TaskWorker, mode=mode, **({"mp_context": method} if method else {}))
+                    seen = worker.submit(lambda: global_config.get_defaults("sync")["num_retries"]).result(SAFETY)
+                self.assertEqual(seen, 4, (mode, method))
+        self.assertEqual(worker.submit(lambda: global_config.get_defaults("sync")["num_retries"]).result(SAFETY), 4)
+
+    def test_reset(self):
+        self.addCleanup(global_config.reset_to_defaults)
+        global_config.defaults.num_retries = 2
+        with temp_config(global_num_retries=5):
+            global_config.reset_to_defaults()
+            self.assertEqual(self.look()[0], 5)
+        self.assertEqual(self.look()[0], 0)
+
+    def test_every_option_has_its_default_here(self):
+        self.assertEqual(set(concurry._SETTINGS), set(global_config.defaults._values))
+
+
 # === By value ===
 
 class ByValueFunctionTests(ProgramCase):
@@ -6120,6 +6749,7 @@ class Mortal(Worker):
     def foreign_loop(self):
         """A loop of the user's own in a worker process."""
         async def main():
+            self.limits.acquire().release()         # it need not wait
             async with self.limits.async_acquire({"slots": 2}, timeout=SAFETY):
                 tried = self.limits.try_acquire().successful
                 try:
@@ -6311,7 +6941,7 @@ class FarLimitTests(ProgramCase):
             self.assertEqual(pool.timeouts().result(SAFETY), (3, False))
         pool.no_time().result(SAFETY)           # what is there is granted all the same
         stats = limits.get_stats()["slots"]
-        self.assertEqual((stats["in_use"], stats["waiting"], stats["granted"]), (0, 0, 247))
+        self.assertEqual((stats["in_use"], stats["waiting"], stats["granted"]), (0, 0, 248))
 
     def test_pools_inside_workers(self):
         for method in START_METHODS:
@@ -7663,6 +8293,17 @@ class ReadmeTests(ProgramCase):
                 # A comment behind a print tells what it prints.
                 for told in re.findall(r"print\(.*\)\s+# ([\[{('\d].*)$", block, re.MULTILINE):
                     self.assertIn(told, output, block)
+
+    def test_the_table_of_options(self):
+        """Every option has its line, with the default that holds."""
+        rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", self.readme(), re.MULTILINE))
+        self.assertEqual(set(concurry._OPTIONS) - set(rows), set())
+        for name, default in global_config.defaults._values.items():
+            told = rows.get(name)
+            if name in ("mode", "limits", "max_workers", "mp_context") or told is None:
+                continue
+            shown = "[Exception]" if name == "retry_on" else getattr(default, "value", default)
+            self.assertIn(f"`{shown}`", told, name)
 
     def test_shell(self):
         commands = [line for block in self.blocks("(?:sh|shell|console|bash)")

@@ -794,6 +794,8 @@ ROWS = [
         partial(rate_shortfall, workers=2), partial(hurrying, "process")),
     Row("a limit with 10,000 waiters: wake-up", "with 10 waiters", 1.5,
         along_a_line, lambda: 10_000, lambda: 10),
+    Row("retries, none needed", "without", 1.2,
+        partial(one_cpu, round_trip), partial(thread, num_retries=3), thread),
     Row("gather of 10k finished futures", "wait", 0.3,
         wait_finished, ours_with("gather"), theirs_with("wait")),
     Row("gather: last finish to return", "wait", 1.0,
