@@ -3958,8 +3958,6 @@ def _attributes(function):
 def _reduce_function(pickler, function):
     if _is_found(function, function.__qualname__):
         return NotImplemented
-    if hasattr(function, "_bare"):          # a method that is retried here: there its worker sees to that
-        return _identity, (function._bare,)
     if _is_task(function):
         return _function_of_task, (function.__module__, function.__qualname__)
     cells = function.__closure__
@@ -3969,10 +3967,6 @@ def _reduce_function(pickler, function):
     if id(function) in pickler.bare:
         return made
     return made + (_function_state(function, scope), None, None, _fill_function)
-
-
-def _identity(value):
-    return value
 
 
 def _is_task(function):
