@@ -2013,7 +2013,8 @@ class Limit:
         return hash((type(self), *vars(self).values()))
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        told = (f"{name}={getattr(value, 'value', value)!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({', '.join(told)})"
 
 
 class RateLimit(Limit):

@@ -1673,7 +1673,7 @@ class DescriptionTests(CleanTestCase):
         self.assertEqual(pickle.loads(pickle.dumps(limit)), limit)
         self.assertEqual(len({limit, RateLimit("x", 5, 60), CallLimit(5, 60, key="x")}), 2)
         for one in (limit, CallLimit(5, 60), ResourceLimit("y", 2)):
-            self.assertEqual(eval(re.sub(r"<\w+\.(\w+): [^>]*>", r"RateLimitAlgorithm.\1", repr(one))), one)
+            self.assertEqual(eval(repr(one)), one)
             self.assertIsInstance(one, Limit)
 
 
