@@ -306,24 +306,38 @@ def _parse(name, value, known=_OPTIONS):
         raise ValueError(f"{name}={value!r} is not possible: {expected}") from None
 
 
-_temporary = contextvars.ContextVar("concurry_temporary", default=types.MappingProxyType({}))   # (table, name): value
+def _parse_all(given):
+    """Return the options of one place, in their own types."""
+    return _spread({name: _parse(name, value) for name, value in given.items()})
+
+
+def _spread(given):
+    """Have the RetryConfig among the options of one place stand for what is in it, unless that is given beside it."""
+    return {**vars(given.get("retry_config") or types.SimpleNamespace()), **given}
+
+
+# What `temp_config` holds here: (values by (table, name), the same before it).
+_temporary: contextvars.ContextVar = contextvars.ContextVar("concurry_temporary", default=({}, None))
 
 
 class _Settings:
     """A table of settings: assigned as attributes, validated at once; `temp_config` is seen through it."""
 
-    def __init__(self, table, **values):
-        self.__dict__.update(_table=table, _values=values)
+    def __init__(self, table, **initial):
+        self.__dict__.update(_table=table, _initial=initial, _values={})
 
     def _current(self):
         """Return all that is set, here and by `temp_config`, as a dict."""
-        for_now = _temporary.get().items()
-        return {**self._values, **{name: value for (table, name), value in for_now if table == self._table}}
+        for_now = _temporary.get()[0].items()
+        for_now = {name: value for (table, name), value in for_now if table == self._table}
+        return {**self._initial, **_spread(self._values), **_spread(for_now)}
 
     def __setattr__(self, name, value):
         self._values[name] = _parse(name, value, _SETTINGS)
 
     def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
         try:
             return self._current()[name]
         except KeyError:
@@ -375,12 +389,12 @@ class _Config:
 def _config_of(tables):
     config = _Config()
     for name, values in tables.items():
-        config.__dict__[name] = _Settings(getattr(config, name)._table, **values)
+        config.__dict__[name] = _Settings(vars(config)[name]._table, **values)
     return config
 
 
 global_config = _Config()
-_INITIAL = dict(global_config.defaults._values)
+_INITIAL = dict(global_config.defaults._initial)
 
 
 class temp_config:
@@ -388,11 +402,13 @@ class temp_config:
 
     A name is a table, `global` or a mode, and a setting. It holds for this thread, or asyncio task, and for the tasks
     that are started in the block; others do not see it. It nests, and ends with the block, whatever that raises.
+    A generator must not yield within the block: its caller would see it.
+
     Raises ValueError at once for a name that it does not know and for an impossible value.
     """
 
     def __init__(self, **settings):
-        self._changes, self._tokens = {}, []
+        self._changes = {}
         tables = ("global", *(mode.value for mode in ExecutionMode))
         for full, value in settings.items():
             table, _, name = full.partition("_")
@@ -403,11 +419,12 @@ class temp_config:
             self._changes[table, name] = _parse(name, value, _SETTINGS)
 
     def __enter__(self):
-        self._tokens.append(_temporary.set({**_temporary.get(), **self._changes}))
+        before = _temporary.get()
+        _temporary.set(({**before[0], **self._changes}, before))
         return global_config
 
     def __exit__(self, *exc_info):
-        _temporary.reset(self._tokens.pop())
+        _temporary.set(_temporary.get()[1] or _temporary.get())
 
 
 _ONE_WORKER = (ExecutionMode.Sync, ExecutionMode.Asyncio)
@@ -422,7 +439,7 @@ class _Options(types.SimpleNamespace):
         if mode is None:
             raise ValueError(f"mode is required: {ExecutionMode._choices()}")
         defaults = global_config.get_defaults(mode)
-        given = {**vars(given.get("retry_config") or defaults["retry_config"] or types.SimpleNamespace()), **given}
+        given = {**given}
         for name in _RETRY_OPTIONS:
             if isinstance(given.get(name, defaults[name]), dict):       # by method: the rest has the default
                 rest = defaults[name] if isinstance(defaults[name], dict) else {"*": defaults[name]}
@@ -1372,6 +1389,8 @@ def _read_filters(value):
     for each in filters:
         if not (issubclass(each, BaseException) if isinstance(each, type) else callable(each)):
             raise _Reason(f"{each!r} is neither a class of exceptions nor a callable")
+        if _is_async(each):
+            raise _Reason(f"{each!r} is a coroutine function, and would not be awaited")
     return filters
 
 
@@ -1383,6 +1402,8 @@ def _read_validators(value):
     for each in validators:
         if not callable(each):
             raise _Reason(f"{each!r} is not callable")
+        if _is_async(each):
+            raise _Reason(f"{each!r} is a coroutine function, and would not be awaited")
     return validators
 
 
@@ -1399,7 +1420,7 @@ def _is_misuse(error):
 
 def _seconds_in(value):
     """Return a wait that an exception or a filter asks for, or None."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e15:
         return float(value)
     return None
 
@@ -1411,7 +1432,8 @@ def _dice():
     return random.SystemRandom()
 
 
-_exhausted = contextvars.ContextVar("concurry_exhausted", default=None)    # errors that inner calls have given up on
+# The attempt that this code is part of. An exception that a call within it has given up on has it as a mark.
+_attempt_here = contextvars.ContextVar("concurry_attempt", default=None)
 
 
 class _Retries:
@@ -1432,26 +1454,22 @@ class _Retries:
         It yields _RUN, and is sent what the call came to, (kind, value); or seconds to wait, and is sent whether that
         was cut short. It returns what the call came to in the end.
         """
-        began, results, invalid, earlier = clock(), [], [], None
-        given_up = _exhausted.get()
-        if given_up is None:
-            _exhausted.set(given_up := [])
+        began, results, invalid, earlier, around = clock(), [], [], None, _attempt_here.get()
         for attempt in itertools.count(1):
+            here = object()
+            _attempt_here.set(here)
             kind, value = yield _RUN
+            _attempt_here.set(around)
             if kind is _RESULT and not self.validators:
                 return kind, value
             values = {"attempt": attempt, "elapsed_time": clock() - began, "method_name": method,
                       "worker_class": worker_class, "args": args, "kwargs": kwargs}
-            if kind is _ERROR:
-                again, least = self._wants_again(value, values, given_up)
-                reason = repr(value)
-            else:
-                reason = self._what_is_wrong(value, values)
-                if reason is None:
+            again, least, reason = self._judge(kind, value, values, here)
+            if kind is _RESULT:
+                if not again:
                     return kind, value
                 results.append(value)
                 invalid.append(reason)
-                again, least = True, None
                 kind, value = _ERROR, RetryValidationError(attempt, list(results), list(invalid), method)
             if earlier is not None:
                 _remember(value, earlier)
@@ -1463,32 +1481,43 @@ class _Retries:
                          worker_class, method, attempt, self.most, wait, reason)
             if (yield wait):
                 break
-        if self.most > 1 and again:
-            given_up.append(value)
+        is_given_up = around is not None and (again and self.most > 1 or vars(value).get("_given_up_in") is here)
+        if is_given_up:
+            BaseException.__setattr__(value, "_given_up_in", around)
+        else:
+            vars(value).pop("_given_up_in", None)
         if attempt > 1 and hasattr(value, "add_note"):
             value.add_note(f"concurry made {attempt} attempts of {method}() in {clock() - began:.3g} s")
         return kind, value
 
-    def _wants_again(self, error, values, given_up):
-        """Tell whether an exception calls for another attempt, and how many seconds it asks for, or None."""
+    def _judge(self, kind, value, values, here):
+        """Tell whether an outcome calls for another attempt, how many seconds it asks for, or None, and why."""
+        try:
+            if kind is _RESULT:
+                reason = self._what_is_wrong(value, values)
+                return reason is not None, None, reason
+            return (*self._wants_again(value, values, here), _shown(value))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:               # of the user's filters, or of the exception itself
+            logger.exception("%s() is not tried again, for to find out whether to raised this", values["method_name"])
+            return False, None, None
+
+    def _wants_again(self, error, values, here):
         asyncio = sys.modules.get("asyncio")
         never = (KeyboardInterrupt, SystemExit, GeneratorExit, concurrent.futures.CancelledError,
                  *((asyncio.CancelledError,) if asyncio else ()))
         if isinstance(error, never):
             named = tuple(each for each in self.classes if issubclass(each, never))
             return isinstance(error, named), None
-        if _is_misuse(error) or any(error is each for each in given_up):
+        if _is_misuse(error) or vars(error).get("_given_up_in") is here:
             return False, None
         least = _seconds_in(getattr(error, "retry_after", None))
         if isinstance(error, self.classes):
             return True, least
         for ask in self.filters:
-            try:
-                answer = ask({"exception": error, **values})
-            except Exception:
-                logger.exception("a filter of retry_on raised this: %s() is not tried again", values["method_name"])
-                return False, None
-            if type(answer) is float:
+            answer = ask({"exception": error, **values})
+            if isinstance(answer, float):
                 return True, _seconds_in(answer)
             if answer:
                 return True, least
@@ -1497,10 +1526,10 @@ class _Retries:
     def _what_is_wrong(self, result, values):
         """Return what a validator has against a result, in words; None if nothing is wrong."""
         for validator, ask in self.validators:
-            name = getattr(validator, "__name__", None) or repr(validator)
+            name = getattr(validator, "__name__", None) or _shown(validator)
             try:
                 if not ask({"result": result, **values}):
-                    return f"{name} says no to {_shortened(result)}"
+                    return f"{name} says no to {_shown(result)}"
             except Exception as error:
                 return f"{name} raised {type(error).__name__}: {error}"
         return None
@@ -1514,9 +1543,13 @@ class _Retries:
         return wait * (1 - self.jitter) + _dice().uniform(0, wait) * self.jitter
 
 
-def _shortened(value):
+def _shown(value):
+    """Return a short repr, whatever the value does."""
     import reprlib
-    return reprlib.repr(value)
+    try:
+        return reprlib.repr(value)
+    except BaseException:
+        return f"<{type(value).__name__} that cannot be shown>"
 
 
 def _fibonacci(n):
@@ -1536,16 +1569,19 @@ _BACKOFFS = {
 
 def _remember(error, earlier):
     """Have the exception of an earlier attempt reachable from a later one, as its context."""
-    seen = set()
-    while error.__context__ is not None and id(error) not in seen:
+    later, before = _with_contexts(error), _with_contexts(earlier)
+    if not set(map(id, later)) & set(map(id, before)):      # else the same exception was raised again
+        later[-1].__context__ = earlier
+
+
+def _with_contexts(error):
+    """Return an exception and those before it, each once though they may be a circle."""
+    found, seen = [], set()
+    while error is not None and id(error) not in seen:
         seen.add(id(error))
+        found.append(error)
         error = error.__context__
-    known = earlier
-    while known is not None:
-        if known is error or id(known) in seen:
-            return                          # the same exception was raised again
-        known = known.__context__
-    error.__context__ = earlier
+    return found
 
 
 class _Halt:
@@ -1588,6 +1624,16 @@ class _Halt:
         bell = _Bell()
         self.bells.add(bell)
         return bell
+
+
+def _resumed(steps, outcome):
+    """Go on with a retry loop that has been sent nothing yet for its last _RUN."""
+    try:
+        step = steps.send(outcome)
+        while True:
+            step = steps.send((yield step))
+    except StopIteration as end:
+        return end.value
 
 
 def _drive(steps, run, halt):
@@ -3021,6 +3067,7 @@ class _Runner:
         self.halt = halt
         self.target = None
         self.retries = _retries_by_method(recipe)
+        self.wrappers = {}
         self.class_name = recipe.cls.__name__
         try:
             self.target = recipe.build()
@@ -3029,8 +3076,7 @@ class _Runner:
             raise
         _give_limits(self.target, recipe.limits, self if self.retries else None)
         if self.retries and not isinstance(self.target, TaskWorker):
-            for name in self.retries:
-                _retry_within(type(self.target), name)
+            self.wrappers = {name: _retry_within(type(self.target), name) for name in self.retries}
 
     def attempt(self, method, args, kwargs):
         """Call the method once; return (kind, value), where the value may be a coroutine still to be run."""
@@ -3043,7 +3089,7 @@ class _Runner:
         if retries is None:
             return None
         if isinstance(self.target, TaskWorker):     # its user knows the function, not our method
-            fn, args = (args[0], args[1:]) if method == "submit" else (self.target._fn, args)
+            fn, args = (args[0], args[1:]) if method == "submit" and args else (getattr(self.target, "_fn", None), args)
             method = getattr(fn, "__name__", method)
         return retries.attempts(method, self.class_name, args, kwargs)
 
@@ -3076,6 +3122,23 @@ class _Runner:
     async def again_async(self, method, args, kwargs, run):
         steps = self.attempts(method, args, kwargs)
         return await run() if steps is None else await _drive_async(steps, run, self.halt)
+
+    def call_within(self, name, method, args, kwargs):
+        """Carry out a call by another method of the object: return its result, or a coroutine, or raise."""
+        steps = self.attempts(name, args, kwargs)
+        next(steps)                         # that is: run it
+        outcome = _attempt(method, args, kwargs)
+        if isinstance(outcome[1], types.CoroutineType):
+            return self._await_rest(steps, outcome[1], method, args, kwargs)
+        return _result_of(*_drive(_resumed(steps, outcome), lambda: _attempt(method, args, kwargs), self.halt))
+
+    async def _await_rest(self, steps, coroutine, method, args, kwargs):
+        return _result_of(*await self.go_on(steps, coroutine, lambda: _captured(method(*args, **kwargs))))
+
+    async def go_on(self, steps, coroutine, run):
+        """Go on with a retry loop, None: there is none, whose call has returned a coroutine."""
+        outcome = await _captured(coroutine)
+        return outcome if steps is None else await _drive_async(_resumed(steps, outcome), run, self.halt)
 
     def is_async(self, call):
         """Tell whether the call belongs on the event loop."""
@@ -3151,40 +3214,41 @@ def _retry_within(cls, name):
     The class is changed, for an object may be frozen, have slots or be a model. Objects that live in no
     worker, or in one without retries, are called as before.
     """
-    for base in cls.__mro__:
-        if name in vars(base):
-            bare = vars(base)[name]
-            break
-    if isinstance(bare, (staticmethod, classmethod, type)) or getattr(bare, "_bare", None) is not None:
-        return
+    bare = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+    if not isinstance(bare, types.FunctionType):
+        return None                         # a static or class method, or an object that has more to it than its call
+    if name in vars(cls) and hasattr(bare, "_bare"):
+        return bare
+    bare = getattr(bare, "_bare", bare)
 
     def call(self, /, *args, **kwargs):
         runner = _runner_of(self)
-        method = bare.__get__(self, type(self))
-        if runner is None or name not in runner.retries:
+        method = functools.partial(bare, self)
+        if runner is None or runner.wrappers.get(name) is not wrapper:      # no worker's object, or by way of super()
             return method(*args, **kwargs)
-        kind, value = runner.again(name, args, kwargs, lambda: _attempt(method, args, kwargs))
-        if kind is _ERROR:
-            raise value
-        return value
+        return runner.call_within(name, method, args, kwargs)
 
     async def call_async(self, /, *args, **kwargs):
         runner = _runner_of(self)
-        method = bare.__get__(self, type(self))
-        if runner is None or name not in runner.retries:
+        method = functools.partial(bare, self)
+        if runner is None or runner.wrappers.get(name) is not wrapper:
             return await method(*args, **kwargs)
-        kind, value = await runner.again_async(name, args, kwargs, lambda: _captured(method(*args, **kwargs)))
-        if kind is _ERROR:
-            raise value
-        return value
+        return _result_of(*await runner.again_async(name, args, kwargs, lambda: _captured(method(*args, **kwargs))))
 
-    wrapper = call_async if _is_async(bare) else call
-    try:
-        functools.update_wrapper(wrapper, bare)
-    except (AttributeError, TypeError):
-        pass
+    wrapper = functools.wraps(bare)(call_async if _is_async(bare) else call)
     wrapper._bare = bare
     setattr(cls, name, wrapper)
+    return wrapper
+
+
+def _result_of(kind, value):
+    """Return a result, or raise what was raised instead."""
+    if kind is _RESULT:
+        return value
+    try:
+        raise value
+    finally:
+        del value               # no cycle through the traceback
 
 
 class _OtherLoop:
@@ -3234,6 +3298,8 @@ def _carry_out(runner, call):
 
 def _outcome_inside(runner, call):
     _calling.set(call)
+    if runner.retries:
+        _attempt_here.set(None)         # it is part of no attempt of whoever submitted it
     try:
         return runner.outcome(call.method, call.args, call.kwargs)
     except BaseException as error:      # of the event loop itself
@@ -3310,7 +3376,7 @@ class _Backend:
     def _build(self, *args):
         """Make the runner and settle `started`; tell whether the constructor returned."""
         try:
-            self.runner = _Runner(self.pool.recipe, self.halt, *args)
+            self.runner = self.pool.context.copy().run(_Runner, self.pool.recipe, self.halt, *args)
         except BaseException as error:
             _settle(self.started, _ERROR, _start_error(_without_our_frame(error), self))
             return False
@@ -3446,7 +3512,7 @@ class _OnDemandThreadBackend(_ThreadBackend):
         if context is None or not call.future._begin():
             return runner
         try:
-            runner = runner or _Runner(self.pool.recipe, self.halt)
+            runner = runner or self.pool.context.copy().run(_Runner, self.pool.recipe, self.halt)
         except BaseException as error:
             outcome = _ERROR, _start_error(_without_our_frame(error), self)
         else:
@@ -3530,6 +3596,8 @@ class _AsyncioBackend(_Backend):
 
     async def _drive(self, call, run, args):
         _calling.set(call)
+        if call.steps is None:
+            _attempt_here.set(None)
         outcome = await run(*args)
         call.task = None
         _settle(call.future, *outcome)
@@ -3585,12 +3653,16 @@ class _AsyncioBackend(_Backend):
         if call.steps is None:
             if not call.future._begin():
                 return
-            call.steps = self.runner.attempts(call.method, call.args, call.kwargs) if self.runner.retries else None
+            if self.runner.retries:
+                call.steps = self.runner.attempts(call.method, call.args, call.kwargs)
             if call.steps is not None:
+                context.run(_attempt_here.set, None)
                 context.run(next, call.steps)       # that is: run it
         outcome = context.run(self._attempt, call)
         if isinstance(outcome[1], types.CoroutineType):
-            self.loop.call_soon_threadsafe(self._start, call, context, self._go_on, call, outcome[1])
+            once = functools.partial(self.runner._once_async, call.method, call.args, call.kwargs)
+            self.loop.call_soon_threadsafe(
+                self._start, call, context, self.runner.go_on, call.steps, outcome[1], once)
         elif call.steps is None:
             _settle(call.future, *outcome)
         else:
@@ -3602,6 +3674,9 @@ class _AsyncioBackend(_Backend):
             step = context.run(call.steps.send, answer)
         except StopIteration as end:
             _settle(call.future, *end.value)
+            return
+        except BaseException as error:      # a KeyboardInterrupt of a filter
+            _settle(call.future, _ERROR, error)
             return
         if step is _RUN:
             self.plain.put(call)
@@ -3618,28 +3693,9 @@ class _AsyncioBackend(_Backend):
         self.waits.add(task := self.loop.create_task(wait()))
         task.add_done_callback(self.waits.discard)
 
-    async def _go_on(self, call, coroutine):
-        """Carry on with a plain method that has returned a coroutine."""
-        outcome = await _captured(coroutine)
-        if call.steps is None:
-            return outcome
-        runner, method, args, kwargs = self.runner, call.method, call.args, call.kwargs
-        return await _drive_async(_resumed(call.steps, outcome),
-                                  functools.partial(runner._once_async, method, args, kwargs), self.halt)
-
     def _attempt(self, call):
         _calling.set(call)
         return self.runner.attempt(call.method, call.args, call.kwargs)
-
-
-def _resumed(steps, outcome):
-    """Go on with a retry loop that has been sent nothing yet for its last _RUN."""
-    try:
-        step = steps.send(outcome)
-        while True:
-            step = steps.send((yield step))
-    except StopIteration as end:
-        return end.value
 
 
 # === What travels ===
@@ -4506,12 +4562,10 @@ def _name_of(error):
 
 def _contexts(error):
     """Return the exceptions before this one, as they travel: those of earlier attempts are among them."""
-    found, seen = [], {id(error)}
-    while error.__context__ is not None and id(error.__context__) not in seen and len(found) < _MOST_CONTEXTS:
-        error = error.__context__
-        seen.add(id(error))
-        data, buffers = _surviving(error)
-        found.append((b"" if buffers else data, _name_of(error), _text(error)))
+    found = []
+    for context in _with_contexts(error)[1:1 + _MOST_CONTEXTS]:
+        data, buffers = _surviving(context)
+        found.append((b"" if buffers else data, _name_of(context), _text(context)))
     return found
 
 
@@ -6540,6 +6594,7 @@ class _Pool:
         self.once = itertools.count()   # who asks first gets 0: ending is done once
         self.broken = None              # the error of the last worker that was given up
         self.kept = {}                  # limit sets that its calls have brought to processes
+        self.context = contextvars.copy_context()       # for constructors: of whoever made the pool
 
     # Starting
 
@@ -7264,10 +7319,10 @@ def _open(cls, given, args, kwargs, sized=False):
 
 def _check_method_names(cls, given):
     """Raise a ValueError for an option by method name that names what the class does not have."""
-    config = given.get("retry_config")
-    for option, value in {**(vars(config) if config else {}), **given}.items():
+    for option, value in given.items():
         for name in value if option in _RETRY_OPTIONS and isinstance(value, dict) else ():
-            if name != "*" and (name.startswith("_") or not callable(getattr(cls, name, None))):
+            is_public = not name.startswith("_") and name not in _NOT_THE_USERS
+            if name != "*" and not (is_public and callable(getattr(cls, name, None))):
                 names = [known for known, _ in _definitions(cls) if not known.startswith("_")]
                 raise ValueError(f"{option} names {name!r}: {cls.__name__} has no such method{_nearest(name, names)}")
 
@@ -7315,7 +7370,7 @@ def _options(cls, **given):
     impossible value; both name what would do.
     """
     stored = getattr(cls, "_worker_options", {})
-    return _Builder(cls, {**stored, **{name: _parse(name, value) for name, value in given.items()}})
+    return _Builder(cls, {**stored, **_parse_all(given)})
 
 
 def _init(cls, *args, **kwargs):
@@ -7386,7 +7441,7 @@ _NOT_THE_USERS = frozenset(["options", "init", "limits"])
 
 def _store_options(cls, given, auto_init):
     stored = getattr(cls, "_worker_options", {})
-    cls._worker_options = {**stored, **{name: _parse(name, value) for name, value in given.items()}}
+    cls._worker_options = {**stored, **_parse_all(given)}
     cls._auto_init = auto_init
 
 
@@ -7396,7 +7451,7 @@ def worker(cls=None, /, *, auto_init=True, **options):
     Any class will do. `My(...)` and `My.init(...)` then return a handle, `My.options(...)` overrides;
     `auto_init=False` keeps `My(...)` a plain object. Raises as `Worker.options` does.
     """
-    options = {name: _parse(name, value) for name, value in options.items()}
+    options = _parse_all(options)
     if cls is None:
         return lambda cls: worker(cls, auto_init=auto_init, **options)
     if not isinstance(cls, type):
@@ -7444,23 +7499,30 @@ class TaskWorker(Worker):
         is_async = _is_async(fn or self._fn)        # self: it has no retries of its own, and adds the limits
         if fn is None:
             fn = self._fn if self._wants_limits is None else self
-        values, errors = [], {}
+        values, errors, runner = [], {}, _runner_of(self)
         if is_async:
-            return self._chunk_async(fn, items, values, errors)
-        runner = _runner_of(self)
+            return self._chunk_async(fn, items, values, errors, [])
+        first = [_attempt(fn, items[0], {})]        # made already, for it may be a coroutine all the same
+        if isinstance(first[0][1], types.CoroutineType):
+            return self._chunk_async(fn, items, values, errors, [first[0][1]])
         for item in items:
-            run = functools.partial(_attempt, fn, item, {})
+            def run(item=item):
+                return first.pop() if first else _attempt(fn, item, {})
             kind, value = run() if runner is None else runner.again("submit", (fn, *item), {}, run)
             if kind is _ERROR:
                 errors[len(values)] = value
             values.append(None if kind is _ERROR else value)
         return _Outcomes(values, errors)
 
-    async def _chunk_async(self, fn, items, values, errors):
+    async def _chunk_async(self, fn, items, values, errors, first):
         runner = _runner_of(self)
         for item in items:
-            def run(item=item):
-                return _captured(fn(*item))
+            async def run(item=item):
+                try:
+                    coroutine = first.pop() if first else fn(*item)
+                except BaseException as error:
+                    return _ERROR, _without_our_frame(error)
+                return await _captured(coroutine)
             kind, value = await (run() if runner is None else runner.again_async("submit", (fn, *item), {}, run))
             if kind is _ERROR:
                 errors[len(values)] = value
@@ -7503,7 +7565,7 @@ def Executor(mode, max_workers=None, **options):
     and what is raised are those of `Worker.options`.
     """
     given = {"mode": mode, "max_workers": max_workers, **options}
-    return _open(TaskWorker, {name: _parse(name, value) for name, value in given.items()}, (), {}, sized=True)
+    return _open(TaskWorker, _parse_all(given), (), {}, sized=True)
 
 
 class _TaskFunction(_TaskHandle):
@@ -7574,7 +7636,8 @@ def task(fn=None, /, **options):
     size, is the default in thread and process mode. A parameter named `limits` gets the worker's limits.
     Options and what is raised are those of `Worker.options`.
     """
-    given = {name: _parse(name, value) for name, value in options.items()}
+    given = _parse_all(options)
+    _check_method_names(TaskWorker, given)
     if given.get("mode"):
         _Options(given, sized=True)
     return (lambda fn: _TaskFunction(fn, given)) if fn is None else _TaskFunction(fn, given)

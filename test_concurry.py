@@ -322,7 +322,7 @@ def until(condition):
     deadline = time.monotonic() + SAFETY
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
-        os.sched_yield()
+        threading.Event().wait(0.001)           # not at once: the others need the interpreter
 
 
 def done_future(kind=BaseFuture, result=None, error=None, cancel=False):
@@ -1296,6 +1296,15 @@ class RetryLoopTests(CleanTestCase):
             self.play(retries_of(num_retries=2, retry_on=retry_on), [error] * 2 + ["fine"])
             self.assertEqual(seen, expected)
 
+    def test_a_filter_that_interrupts(self):
+        def interrupt(exception):
+            raise KeyboardInterrupt
+        self.assertRaises(KeyboardInterrupt, self.play, retries_of(num_retries=1, retry_on=interrupt), [KeyError()])
+        worker = Flaky.options(mode="asyncio", num_retries=1, retry_on=interrupt).init()
+        self.addCleanup(worker.stop)
+        self.assertIsInstance(worker.fail(9).exception(SAFETY), KeyboardInterrupt)
+        self.assertEqual(worker.count().result(SAFETY), 1)
+
     def test_a_filter_that_raises(self):
         error = KeyError("the original")
         with self.assertLogs("concurry", "ERROR"):
@@ -1337,12 +1346,44 @@ class RetryLoopTests(CleanTestCase):
         self.assertEqual((end[1], len(waits), made), (errors[1], 2, 2))
 
     def test_what_an_inner_call_has_given_up_on(self):
-        context = contextvars.copy_context()
-        context.run(concurry._exhausted.set, [])
-        error = KeyError("inner")
-        self.assertEqual(self.play(retries_of(num_retries=2), [error] * 3, context=context)[2], 3)
-        self.assertEqual(self.play(retries_of(num_retries=2), [error] * 3, context=context)[2], 1)
+        context, error, made = contextvars.copy_context(), KeyError("inner"), []
+        outer = retries_of(num_retries=2).attempts("outer", "Api", (), {}, lambda: self.now)
+        self.assertIs(context.run(next, outer), concurry._RUN)
+        for _ in range(2):                      # the second one is tried as often, though it is the same exception
+            made.append(self.play(retries_of(num_retries=2), [error] * 3, context=context)[2])
+        with self.assertRaises(StopIteration) as end:
+            context.run(outer.send, ("error", error))
+        self.assertEqual((made, end.exception.value, vars(error).get("_given_up_in")), ([3, 3], ("error", error), None))
         self.assertEqual(self.play(retries_of(num_retries=2), [error] * 3)[2], 3)
+
+    def test_whatever_the_users_code_does(self):
+        """An exception that cannot be shown or asked, a filter that exits: no retry, the original exception."""
+        class Rude(Exception):
+            def __repr__(self):
+                raise ZeroDivisionError
+
+        class Asked(Exception):
+            @property
+            def retry_after(self):
+                raise KeyError
+
+        class NoTruth:
+            def __bool__(self):
+                raise TypeError
+
+        def leave(exception):
+            raise SystemExit(3)
+        self.assertEqual(self.play(retries_of(num_retries=1), [Rude(), "fine"])[2], 2)
+        for options, error in (({}, Asked()), ({"retry_on": leave}, KeyError()), ({"retry_on": lambda e: NoTruth()}, KeyError())):
+            with self.assertLogs("concurry", "ERROR"):
+                end, _, made = self.play(retries_of(num_retries=1, **options), [error, "fine"])
+            self.assertEqual((end, made), (("error", error), 1))
+
+    def test_contexts_in_a_circle(self):
+        error, other = KeyError(1), KeyError(2)
+        error.__context__, other.__context__ = other, error
+        (_, last), _, made = self.play(retries_of(num_retries=2), [error, ValueError(), error])
+        self.assertEqual((last, made), (error, 3))
 
 
 class RetryOptionTests(CleanTestCase):
@@ -1357,7 +1398,8 @@ class RetryOptionTests(CleanTestCase):
         for option, value, text in (("num_retries", -1, "from 0"), ("num_retries", 1.5, "whole"), ("retry_wait", -1, "seconds"),
                                     ("retry_jitter", 1.5, "from 0 to 1"), ("retry_algorithm", "cubic", "'linear'"),
                                     ("retry_on", int, "neither"), ("retry_on", [KeyError, "x"], "'x' is neither"),
-                                    ("retry_until", 3, "not callable"), ("retry_max_wait", "x", "seconds"),
+                                    ("retry_until", 3, "not callable"), ("retry_until", square_async, "coroutine function"),
+                                    ("retry_on", square_async, "coroutine function"), ("num_retries", {"options": 1}, "no such"), ("retry_max_wait", "x", "seconds"),
                                     ("retry_config", {"num_retries": 3}, "RetryConfig"), ("num_retries", {"add": -1}, "from 0"),
                                     ("num_retries", {"fetch": 1}, "Counter has no such method"),
                                     ("retry_wait", {"ad": 1}, "did you mean 'add'"), ("retry_on", {"_private": KeyError}, "no such")):
@@ -1377,6 +1419,17 @@ class RetryOptionTests(CleanTestCase):
         self.assertEqual(self.start(Counter, mode="sync", retry_config=config).retry_wait, {"*": 1.0, "add": 3})
         with self.assertRaisesRegex(ValueError, "no such method"):
             Counter.options(mode="sync", retry_config=RetryConfig({"fetch": 1}))
+        self.assertRaisesRegex(ValueError, "no such method", task, num_retries={"fetch": 1})
+
+    def test_a_config_object_is_of_its_place(self):
+        """What is nearer wins, be it in an object or by itself."""
+        cls = worker(mode="sync", num_retries=3)(type("Decorated", (), {"go": lambda self: 1}))
+        self.assertEqual(cls.options(retry_config=RetryConfig(num_retries=5)).init().num_retries, 5)
+        with temp_config(global_retry_config=RetryConfig(num_retries=4, retry_wait=3)):
+            self.assertEqual(self.start(Counter, mode="sync").num_retries, 4)
+            with temp_config(global_num_retries=0):
+                handle = self.start(Counter, mode="sync")
+                self.assertEqual((handle.num_retries, handle.retry_wait), (0, 3))
 
 
 # === Rate arithmetic ===
@@ -4522,7 +4575,7 @@ class LimitedTaskTests(CleanTestCase):
         self.assertIs(left_behind.limits, limits)
         del left_behind
         gc.collect()
-        self.assertEqual([kept for kept, _ in concurry._limits_of.values() if kept is limits], [])
+        self.assertEqual([kept for kept, *_ in concurry._limits_of.values() if kept is limits], [])
 
     def test_a_constructor_that_fails_leaves_no_trace(self):
         before = dict(concurry._limits_of)
@@ -4664,6 +4717,20 @@ class Flaky(Worker):
             raise KeyError(self.made["fail_async"])
         return self.made["fail_async"]
 
+    def siblings(self):
+        made = []
+        for _ in range(3):
+            before = self.made["same"]
+            try:
+                self.same()
+            except KeyError:
+                made.append(self.made["same"] - before)
+        return made
+
+    def same(self):
+        self.made["same"] += 1
+        raise self.__dict__.setdefault("error", KeyError("same"))
+
     def coroutine(self, times):
         return self.fail_later(times)
 
@@ -4702,6 +4769,42 @@ class Flaky(Worker):
     async def fail_once_started_async(self, started):
         started.set()
         raise KeyError("again")
+
+
+def decorating(fn):
+    @functools.wraps(fn)
+    def wrapper(*args):
+        return fn(*args)
+    return wrapper
+
+
+class Base(Worker):
+    def fetch(self):
+        return "base"
+
+
+class Kinds(Base):
+    """Class attributes that are no plain functions, and a coroutine method under an ordinary decorator."""
+
+    size = len
+    tried = 0
+
+    @functools.lru_cache(None)
+    def cached(self):
+        return 7
+
+    @decorating
+    async def decorated(self):
+        self.tried += 1
+        if self.tried < 3:
+            raise KeyError(self.tried)
+        return self.tried
+
+    def fetch(self):
+        return super().fetch()
+
+    async def within(self):
+        return await self.decorated(), self.size([1, 2]), self.size([1]), self.cached(), self.fetch()
 
 
 @dataclasses.dataclass
@@ -4790,6 +4893,22 @@ class RetryTests:
         self.assertRaises(KeyError, plain.outer, 1)
         self.assertEqual(plain.made, {"outer": 1, "fail": 1})
 
+    def test_inner_calls_of_other_kinds(self):
+        worker = self.make(Kinds, num_retries={"decorated": 2, "*": 1}, retry_wait=0)
+        self.assertEqual(worker.within().result(SAFETY), (3, 2, 1, 7, "base"))
+        self.assertEqual((Kinds.size([1]), Kinds().size([1]), Kinds.cached.cache_info().misses), (1, 1, Kinds.cached.cache_info().misses))
+        self.assertEqual(worker.size([1]).result(SAFETY), 1)
+
+    def test_siblings_are_tried_alike(self):
+        self.assertEqual(self.flaky(num_retries=2).siblings().result(SAFETY), [3, 3, 3])
+
+    def test_a_worker_within_a_call_is_no_inner_call(self):
+        with Flaky.options(mode="thread", num_retries=1, retry_wait=0).init() as inner:
+            pool = self.make(TaskWorker, num_retries=2, retry_wait=0) if self.mode != "process" else None
+            if pool is not None:
+                pool.submit(lambda: inner.fail(99).result(SAFETY)).exception(SAFETY)
+                self.assertEqual(inner.counts().result(SAFETY)["fail"], 6)
+
     def test_inner_calls_of_dataclasses(self):
         self.assertEqual(self.make(FlakyData, num_retries=2, retry_wait=0).outer().result(SAFETY), (3, 4))
 
@@ -4847,6 +4966,14 @@ class RetryTests:
         handle = make(flaky)
         self.addCleanup(handle.stop)
         self.assertEqual(handle(("task", self.mode)).result(SAFETY)[1], 2)
+
+    def test_decorated_coroutine_functions_in_chunks(self):
+        pool = self.make(TaskWorker)
+        self.assertEqual(list(pool.map(decorating(square_async), range(4), chunksize=2)), [0, 1, 4, 9])
+        seen = self.flag().path, self.mode
+        pool = self.make(TaskWorker, num_retries=1, retry_wait=0)
+        items = [(n, "decorated", *seen) for n in range(4)]
+        self.assertEqual([x[1] for x in pool.map(decorating(flaky_async), items, chunksize=2)], [2] * 4)
 
     def test_names_that_filters_get_for_functions(self):
         def named(exception, method_name, args, worker_class):
@@ -4943,6 +5070,14 @@ class RetryWaitTests(CleanTestCase):
 
 # === Configuration for a while ===
 
+class Builds(Worker):
+    def __init__(self):
+        self.then = global_config.get_defaults("sync")["num_retries"]
+
+    def seen_then(self):
+        return self.then
+
+
 class TempConfigTests(CleanTestCase):
     def look(self, mode="thread"):
         found = global_config.get_defaults(mode)
@@ -5009,6 +5144,28 @@ class TempConfigTests(CleanTestCase):
                 self.assertEqual(seen, 4, (mode, method))
         self.assertEqual(worker.submit(lambda: global_config.get_defaults("sync")["num_retries"]).result(SAFETY), 4)
 
+    def test_it_holds_in_constructors(self):
+        """A pool that a worker makes when it is built is configured alike in every mode."""
+        for mode in MODES:
+            with temp_config(global_num_retries=4):
+                worker = self.start(Builds, mode=mode)
+            self.assertEqual(worker.seen_then().result(SAFETY), 4, mode)
+
+    def test_one_object_in_two_threads(self):
+        config, inside, go = temp_config(global_num_retries=7), threading.Event(), threading.Event()
+
+        def other():
+            with config:
+                inside.set()
+                go.wait(SAFETY)
+            return self.look()[0]
+        ended = in_thread(other)
+        inside.wait(SAFETY)
+        with config:
+            go.set()
+            self.assertEqual((ended.result(SAFETY), self.look()[0]), (0, 7))
+        self.assertEqual(self.look()[0], 0)
+
     def test_reset(self):
         self.addCleanup(global_config.reset_to_defaults)
         global_config.defaults.num_retries = 2
@@ -5018,7 +5175,7 @@ class TempConfigTests(CleanTestCase):
         self.assertEqual(self.look()[0], 0)
 
     def test_every_option_has_its_default_here(self):
-        self.assertEqual(set(concurry._SETTINGS), set(global_config.defaults._values))
+        self.assertEqual(set(concurry._SETTINGS), set(global_config.defaults._initial))
 
 
 # === By value ===
@@ -8298,7 +8455,7 @@ class ReadmeTests(ProgramCase):
         """Every option has its line, with the default that holds."""
         rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", self.readme(), re.MULTILINE))
         self.assertEqual(set(concurry._OPTIONS) - set(rows), set())
-        for name, default in global_config.defaults._values.items():
+        for name, default in global_config.defaults._initial.items():
             told = rows.get(name)
             if name in ("mode", "limits", "max_workers", "mp_context") or told is None:
                 continue
