@@ -1486,8 +1486,8 @@ class _Retries:
             BaseException.__setattr__(value, "_given_up_in", around)
         else:
             vars(value).pop("_given_up_in", None)
-        if attempt > 1 and hasattr(value, "add_note"):
-            value.add_note(f"concurry made {attempt} attempts of {method}() in {clock() - began:.3g} s")
+        if attempt > 1 and hasattr(BaseException, "add_note"):
+            BaseException.add_note(value, f"concurry made {attempt} attempts of {method}() in {clock() - began:.3g} s")
         return kind, value
 
     def _judge(self, kind, value, values, here):

@@ -1361,6 +1361,7 @@ class RetryLoopTests(CleanTestCase):
         class Rude(Exception):
             def __repr__(self):
                 raise ZeroDivisionError
+            add_note = __str__ = __repr__
 
         class Asked(Exception):
             @property
@@ -1373,7 +1374,7 @@ class RetryLoopTests(CleanTestCase):
 
         def leave(exception):
             raise SystemExit(3)
-        self.assertEqual(self.play(retries_of(num_retries=1), [Rude(), "fine"])[2], 2)
+        self.assertEqual(self.play(retries_of(num_retries=1), [Rude(), Rude()])[2], 2)
         for options, error in (({}, Asked()), ({"retry_on": leave}, KeyError()), ({"retry_on": lambda e: NoTruth()}, KeyError())):
             with self.assertLogs("concurry", "ERROR"):
                 end, _, made = self.play(retries_of(num_retries=1, **options), [error, "fine"])
