@@ -3687,6 +3687,10 @@ class _AsyncioBackend(_Backend):
             self._step(call, context, True)
 
     def _start_wait(self, call, context, seconds):
+        if self.halt.is_set:
+            self._step(call, context, True)
+            return
+
         async def wait():
             is_cut = await self.halt.pause_async(seconds)
             self._step(call, context, is_cut)
@@ -3695,7 +3699,13 @@ class _AsyncioBackend(_Backend):
 
     def _attempt(self, call):
         _calling.set(call)
-        return self.runner.attempt(call.method, call.args, call.kwargs)
+        try:
+            return self.runner.attempt(call.method, call.args, call.kwargs)
+        except BaseException as error:
+            if self.runner.target is not None:
+                return _ERROR, error
+            # Its object is gone: the worker was killed between two attempts.
+            return _ERROR, WorkerDiedError(f"{self.name} was stopped between two attempts", self.name, call.method)
 
 
 # === What travels ===
