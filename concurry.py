@@ -2,9 +2,10 @@
 
     handle.method(*args)                            worker: thread, process, loop
     ---------------------------------------         --------------------------------
-    futures among the arguments: wait, then         Runner: the user's object; calls
-    Pool: a place in the queue, a worker                    the method, drives a
-    Backend.submit(call)  ------- call ----------->         coroutine to its end
+    futures among the arguments: wait, then         Runner: the user's object, its limits
+    Pool: a place in the queue, a worker                    at hand; calls the method,
+    Backend.submit(call)  ------- call ----------->         again if need be, drives a
+                                                            coroutine to its end
                                                                |
     settle(future)  <------------ outcome ---------------------+
       the place in the queue is free again, then
