@@ -1510,7 +1510,9 @@ class _Retries:
                  *((asyncio.CancelledError,) if asyncio else ()))
         if isinstance(error, never):
             named = tuple(each for each in self.classes if issubclass(each, never))
-            return isinstance(error, named), None
+            call = _calling.get()
+            is_cancelled = isinstance(call, _Call) and call.future.done()
+            return isinstance(error, named) and not is_cancelled, None
         if _is_misuse(error) or vars(error).get("_given_up_in") is here:
             return False, None
         least = _seconds_in(getattr(error, "retry_after", None))

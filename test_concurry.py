@@ -4718,6 +4718,11 @@ class Flaky(Worker):
             raise KeyError(self.made["fail_async"])
         return self.made["fail_async"]
 
+    async def stay(self, started):
+        self.made["stay"] += 1
+        started.set()
+        await asyncio.get_running_loop().create_future()
+
     def siblings(self):
         made = []
         for _ in range(3):
@@ -5041,6 +5046,16 @@ class RetryWaitTests(CleanTestCase):
         started.wait()
         self.assertTrue(waiting.cancel())
         self.assertEqual(worker.count().result(SAFETY), 1)
+
+    def test_what_is_cancelled_is_not_made_again(self):
+        """Not even where cancellation is named."""
+        worker, started = self.start(Flaky, mode="asyncio", num_retries=3, retry_wait=0,
+                                     retry_on=asyncio.CancelledError), self.flag()
+        future = worker.stay(started)
+        started.wait()
+        self.assertTrue(future.cancel())
+        worker.fail_async(0).result(SAFETY)
+        self.assertEqual(worker.counts().result(SAFETY)["stay"], 1)
 
     def test_a_waiting_call_keeps_its_place_in_the_queue(self):
         worker, started = self.start(Flaky, mode="thread", max_queued_tasks=1, num_retries=1, retry_wait=10_000,
