@@ -1311,7 +1311,8 @@ class RetryValidationError(RuntimeError):
     """
 
     def __init__(self, attempts, all_results, validation_errors, method_name):
-        super().__init__(f"none of {attempts} attempts of {method_name}() had a valid result: {validation_errors[-1]}")
+        super().__init__(f"none of {attempts} attempts of {method_name}() had a valid result: "
+                         f"{', '.join(validation_errors[-1:])}")
         self.attempts, self.all_results = attempts, all_results
         self.validation_errors, self.method_name = validation_errors, method_name
 
@@ -1372,7 +1373,8 @@ def _accepting(fn, first, others):
              if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
     in_front = next((parameter for parameter in parameters if parameter.name not in bound and parameter.kind in (
         parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.VAR_POSITIONAL)), None)
-    by_name = in_front is None or first in names and in_front.name != first and in_front.name in others
+    by_name = in_front is None or first in names and in_front.name != first and (
+        in_front.name in others and in_front.kind is not in_front.POSITIONAL_ONLY)
     wanted = {name for name in (first, *others) if takes_all or name in names} - set(bound)
     if by_name:
         return lambda values: fn(**{name: values[name] for name in wanted})
@@ -1476,7 +1478,8 @@ class _Retries:
                 _remember(value, earlier)
             if not again or attempt >= self.most:
                 break
-            earlier = value
+            if type(value) is not RetryValidationError:     # else the next one says the same, and more
+                earlier = value
             wait = self.delay(attempt, least)
             logger.debug("%s.%s() failed, attempt %d of %d, and is made again in %.3f s: %s",
                          worker_class, method, attempt, self.most, wait, reason)
@@ -1484,11 +1487,12 @@ class _Retries:
                 break
         is_given_up = around is not None and (again and self.most > 1 or vars(value).get("_given_up_in") is here)
         if is_given_up:
-            BaseException.__setattr__(value, "_given_up_in", around)
+            _set(value, "_given_up_in", around)
         else:
             vars(value).pop("_given_up_in", None)
         if attempt > 1 and hasattr(BaseException, "add_note"):
-            BaseException.add_note(value, f"concurry made {attempt} attempts of {method}() in {clock() - began:.3g} s")
+            note = f"concurry made {attempt} attempts of {method}() in {clock() - began:.3g} s"
+            _set(value, "__notes__", [*vars(value).get("__notes__", ()), note])
         return kind, value
 
     def _judge(self, kind, value, values, here):
@@ -1574,7 +1578,12 @@ def _remember(error, earlier):
     """Have the exception of an earlier attempt reachable from a later one, as its context."""
     later, before = _with_contexts(error), _with_contexts(earlier)
     if not set(map(id, later)) & set(map(id, before)):      # else the same exception was raised again
-        later[-1].__context__ = earlier
+        _set(later[-1], "__context__", earlier)
+
+
+def _set(error, name, value):
+    """Set an attribute of an exception, though it may be frozen."""
+    BaseException.__setattr__(error, name, value)
 
 
 def _with_contexts(error):
@@ -3207,8 +3216,14 @@ _MODELS = ("pydantic", "morphic")       # whose own methods are not the worker's
 
 def _bare(method):
     """Return a bound method without the retries of `_retry_within`."""
-    bare = getattr(getattr(method, "__func__", None), "_bare", None)
+    bare = _bare_of(getattr(method, "__func__", None))
     return method if bare is None else bare.__get__(method.__self__)
+
+
+def _bare_of(fn):
+    """Return the function that one of `_retry_within` wraps, else None: a decorator may have copied its attributes."""
+    wrapper, bare = getattr(fn, "_retries", (None, None))
+    return bare if wrapper is fn else None
 
 
 def _retry_within(cls, name):
@@ -3220,9 +3235,9 @@ def _retry_within(cls, name):
     bare = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
     if not isinstance(bare, types.FunctionType):
         return None                         # a static or class method, or an object that has more to it than its call
-    if name in vars(cls) and hasattr(bare, "_bare"):
+    if name in vars(cls) and _bare_of(bare):
         return bare
-    bare = getattr(bare, "_bare", bare)
+    bare = _bare_of(bare) or bare
 
     def call(self, /, *args, **kwargs):
         runner = _runner_of(self)
@@ -3239,7 +3254,7 @@ def _retry_within(cls, name):
         return _result_of(*await runner.again_async(name, args, kwargs, lambda: _captured(method(*args, **kwargs))))
 
     wrapper = functools.wraps(bare)(call_async if _is_async(bare) else call)
-    wrapper._bare = bare
+    wrapper._retries = wrapper, bare
     setattr(cls, name, wrapper)
     return wrapper
 
@@ -4586,10 +4601,10 @@ def _load_error(data, buffers=()):
     """Return the exception, with a RemoteTraceback as its cause; never raises."""
     data, name, text, traceback, contexts = _loads(data)
     error = last = _load_one(data, buffers, name, text, traceback)
-    error.__cause__ = _RemoteTraceback(traceback)
+    _set(error, "__cause__", _RemoteTraceback(traceback))
     for data, name, text in contexts:
         earlier = _load_one(data, (), name, text, "")
-        last.__context__ = earlier
+        _set(last, "__context__", earlier)
         last = earlier
     return error
 

@@ -1135,6 +1135,11 @@ class Throttled(Exception):
         self.retry_after = retry_after
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    n: int
+
+
 class FixedDice:
     """Chance that always throws the share of the span that it is told to."""
 
@@ -1290,6 +1295,7 @@ class RetryLoopTests(CleanTestCase):
                 (by_name, [(error, (1, 2), {"k": 3})] * 2), (other_order, [(error, 1), (error, 2)]),
                 (functools.partial(bound, "p"), [("p", error, "fetch")] * 2),
                 (functools.partial(bound, prefix="p"), [("p", error, "fetch")] * 2),
+                (lambda attempt, /, exception=None: seen.append((attempt, exception)) or True, [(error, None)] * 2),
                 (functools.partial(lambda exception, attempt: seen.append(attempt) or True, attempt="mine"), ["mine"] * 2),
                 (lambda *args: seen.append(args) or True, [(error,)] * 2)):
             seen.clear()
@@ -1329,6 +1335,8 @@ class RetryLoopTests(CleanTestCase):
         end, _, made = self.play(retries_of(num_retries=2, retry_until=str.isalpha), ["1", KeyError("x"), "2"])
         self.assertEqual((end[1].all_results, made), (["1", "2"], 3))
         self.assertIsInstance(end[1].__context__, KeyError)
+        self.assertIsNone(end[1].__context__.__context__)       # no earlier RetryValidationError: the last says all
+        self.assertEqual(str(RetryValidationError(1, [], [], "x")), "none of 1 attempts of x() had a valid result: ")
 
     def test_retry_after(self):
         for share, expected in ((0, 100), (1, 110)):
@@ -1379,6 +1387,14 @@ class RetryLoopTests(CleanTestCase):
             with self.assertLogs("concurry", "ERROR"):
                 end, _, made = self.play(retries_of(num_retries=1, **options), [error, "fine"])
             self.assertEqual((end, made), (("error", error), 1))
+
+    def test_frozen_exceptions(self):
+        errors = [Frozen(n) for n in range(3)]
+        (_, error), _, made = self.play(retries_of(num_retries=2), errors)
+        self.assertEqual((error, error.__context__, made), (errors[2], errors[1], 3))
+        back = concurry._load_error(*concurry._dump_error(error))
+        self.assertIsInstance(back, RemoteError)        # what is frozen cannot be unpickled
+        self.assertIsInstance(back.__context__, RemoteError)
 
     def test_contexts_in_a_circle(self):
         error, other = KeyError(1), KeyError(2)
@@ -4905,6 +4921,26 @@ class RetryTests:
         self.assertEqual((Kinds.size([1]), Kinds().size([1]), Kinds.cached.cache_info().misses), (1, 1, Kinds.cached.cache_info().misses))
         self.assertEqual(worker.size([1]).result(SAFETY), 1)
 
+    def test_a_subclass_that_decorates_what_is_retried(self):
+        self.flaky().counts().result(SAFETY)
+
+        def doubled(fn):
+            @functools.wraps(fn)
+            def inner(self):
+                return fn(self) * 2
+            return inner
+
+        class Sub(Flaky):
+            count = doubled(Flaky.count)
+
+            def fail(self, times):
+                self.made["sub"] += 1
+                return super().fail(times)
+        worker = self.make(Sub, num_retries=2, retry_wait=0)
+        self.assertEqual(worker.count().result(SAFETY), 2)
+        worker.fail(99).exception(SAFETY)
+        self.assertEqual(worker.counts().result(SAFETY), {"count": 1, "sub": 3, "fail": 3})
+
     def test_siblings_are_tried_alike(self):
         self.assertEqual(self.flaky(num_retries=2).siblings().result(SAFETY), [3, 3, 3])
 
@@ -4934,7 +4970,7 @@ class RetryTests:
             def outer(self):
                 return self.inner(), self.model_dump()["made"], type(self.model_dump).__name__
         self.assertEqual(self.make(Model, num_retries=2, retry_wait=0).outer().result(SAFETY), (3, 3, "method"))
-        self.assertIsNone(getattr(Model.model_dump, "_bare", None))
+        self.assertIsNone(concurry._bare_of(Model.model_dump))
 
     def test_limits_are_free_between_attempts(self):
         limits = LimitSet([ResourceLimit("slots", 1)])
