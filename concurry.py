@@ -5810,14 +5810,18 @@ class _ProcessBackend(_Backend):
     @staticmethod
     def prepare(call):
         """Pickle the call, in the caller; settle its future and return False if that fails."""
+        args, kwargs = call.args, call.kwargs
+        if args is None or kwargs is None:      # stop() was quicker: it is settled
+            return False
         try:
-            portable = _dumps_keeping(call.pool.kept, (call.method, call.args, call.kwargs), lambda: _call_parts(call))
+            portable = _dumps_keeping(call.pool.kept, (call.method, args, kwargs),
+                                      lambda: _call_parts(call.method, args, kwargs))
         except BaseException as error:
             _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
             if not isinstance(error, Exception):
                 raise
             return False
-        call.shared = next((arg for arg in call.args[:1] if type(arg) is _Shared), None)
+        call.shared = next((arg for arg in args[:1] if type(arg) is _Shared), None)
         call.message = _message(_CALL, _frozen(portable))
         call.args = call.kwargs = None
         return True
@@ -6131,10 +6135,10 @@ def _signal_name(number):
         return "unknown"
 
 
-def _call_parts(call):
-    names = {f"argument {n}": arg for n, arg in enumerate(call.args, 1)}
-    names.update((f"argument {name!r}", arg) for name, arg in call.kwargs.items())
-    return names, f" of {call.method}()"
+def _call_parts(method, args, kwargs):
+    names = {f"argument {n}": arg for n, arg in enumerate(args, 1)}
+    names.update((f"argument {name!r}", arg) for name, arg in kwargs.items())
+    return names, f" of {method}()"
 
 
 class _Passed:

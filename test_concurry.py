@@ -6870,6 +6870,25 @@ class ArgumentTests(CleanTestCase):
         self.assertTrue((echo.submit(lambda array: array, array[::2]).result(SAFETY) == array[::2]).all())
 
 
+class StoppedWhileItIsPickled:
+    """An argument that stops the worker it is on its way to."""
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __reduce__(self):
+        self.handle.stop()
+        return int, ()
+
+
+class StopWhilePicklingTests(CleanTestCase):
+    def test_the_call_is_cancelled(self):
+        handle = self.start(Patient, mode="process")
+        with self.log_of():
+            future = handle.give(StoppedWhileItIsPickled(handle))
+        self.assertTrue(future.cancelled())
+
+
 class CancelInQueueTests(CleanTestCase):
     def test_behind_a_slow_call_everything_can_be_cancelled(self):
         """Row 16 and 4.4."""
