@@ -41,7 +41,7 @@ __all__ = [
     "as_completed", "async_gather", "async_wait", "gather", "global_config", "task", "temp_config", "wait",
     "worker", "wrap_future",
 ]
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 import atexit
 import bisect
@@ -175,14 +175,18 @@ class _StartMethod(_Choice):
 class WorkerDiedError(RuntimeError):
     """The worker ended while it carried out the call, or was given up before it could.
 
-    `worker` names the worker, `method` the method that ran (None: none did), `pid` its process and
+    `worker` names the worker, `method` the method of the call (None: there was none), `pid` its process and
     `exitcode` what the process returned, or minus the number of the signal that killed it; each is
-    None where it is not known.
+    None where it is not known. `started` tells whether the call had begun, and may have done something:
+    True, False (nothing of it has been done: it can safely be made again), or None where that is not
+    known. `deaths` are those that the call has seen, with `crash_retries` perhaps more than one: tuples
+    (worker, pid, exitcode), the last one last.
     """
 
-    def __init__(self, message, worker=None, method=None, pid=None, exitcode=None):
+    def __init__(self, message, worker=None, method=None, pid=None, exitcode=None, started=None, deaths=()):
         super().__init__(message)
         self.worker, self.method, self.pid, self.exitcode = worker, method, pid, exitcode
+        self.started, self.deaths = started, deaths
 
 
 def _make_timeout_error():
@@ -278,6 +282,7 @@ _OPTIONS = {
     "limits": (lambda value: _read_limits(value), "a LimitSet, a LimitPool, or a list of limits or of LimitSets"),
     "mp_context": _choice(_StartMethod),
     "on_demand_linger": (_seconds, "a number of seconds from 0"),
+    "crash_retries": _whole(0, none=False),
     **_RETRY_OPTIONS,
     "retry_config": (lambda value: _read_config(value), "a RetryConfig, or None"),
 }
@@ -363,7 +368,7 @@ class _Config:
             "global", mode=None, blocking=False, max_workers=1, load_balancing=LoadBalancingAlgorithm.RoundRobin,
             load_balancing_on_demand=LoadBalancingAlgorithm.Random, on_demand=False,
             task_decorator_on_demand=True, on_demand_linger=1.0, max_queued_tasks=None,
-            unwrap_futures=True, limits=None, stop_timeout=30.0,
+            unwrap_futures=True, limits=None, stop_timeout=30.0, crash_retries=0,
             num_retries=0, retry_on=[Exception], retry_algorithm=RetryAlgorithm.Exponential, retry_wait=1.0,
             retry_max_wait=60.0, retry_jitter=1.0, retry_until=None, retry_config=None,
             mp_context=_StartMethod.Forkserver if hasattr(os, "fork") else _StartMethod.Spawn)
@@ -2985,7 +2990,8 @@ class _Call:
     gate = None                 # a lock that the thread which submits it sleeps on
     message = None              # where it goes to a process: the parts of its message ...
     shared = None               # ... the function that has to be there first, ...
-    link = None                 # ... and where it was sent
+    link = None                 # ... where it was sent, ...
+    deaths = ()                 # ... and the processes that died while they ran it
     task = None                 # the asyncio task that carries it out
     steps = None                # the retry loop of a plain method in asyncio mode
     watch = None                # while it waits for futures among its arguments
@@ -2998,6 +3004,14 @@ class _Call:
         self.args = args
         self.kwargs = kwargs
         self.context = contextvars.copy_context()
+
+    def reason(self, cause):
+        """Return what the call fails with if nobody takes it any more: the cause, or what it has died of before."""
+        if not self.deaths:
+            return cause
+        error = _death_in(self)
+        error.__cause__ = cause
+        return error
 
     def open_gate(self):
         gate, self.gate = self.gate, None
@@ -3374,11 +3388,16 @@ class _Backend:
         """Be told that the worker is stopped: nothing is tried again."""
         self.halt.set()
 
-    def kill(self, error):
-        """Fail what runs with this error, and end the worker as soon as that can be done."""
+    def kill(self, why):
+        """Fail what runs, telling why, and end the worker as soon as that can be done."""
         for call in list(self.calls):
-            _settle(call.future, _ERROR, error)
+            _settle(call.future, _ERROR, self.stopped(call, why, call.future.running()))
         self.finish()
+
+    def stopped(self, call, why, started):
+        """Return the error of a call whose worker is ended before its time."""
+        when = {True: "in the middle of this call", False: "before it began this call", None: "before this call's end"}
+        return WorkerDiedError(f"{self.name} {why}, {when[started]}", self.name, call.method, started=started)
 
     def rest(self):
         """Be told that an on-demand worker has nothing to do."""
@@ -3405,7 +3424,8 @@ class _Backend:
 def _start_error(error, backend):
     """Return what `init` raises when a constructor raised this: a SystemExit must not end the caller."""
     if isinstance(error, SystemExit) and backend.pool.options.mode is not ExecutionMode.Sync:
-        died = WorkerDiedError(f"the constructor of {backend.name} raised SystemExit({error.code!r})", backend.name)
+        died = WorkerDiedError(f"the constructor of {backend.name} raised SystemExit({error.code!r})", backend.name,
+                               started=False)
         died.__cause__ = error
         return died
     return error
@@ -3572,11 +3592,11 @@ class _AsyncioBackend(_Backend):
     def finish(self):
         self.plain.put(None)
 
-    def kill(self, error):
+    def kill(self, why):
         for call in list(self.calls):
             call.future.cancel()
         self._stop_loop()
-        super().kill(error)
+        super().kill(why)
 
     def interruption(self, call):
         task = call.task
@@ -3723,7 +3743,7 @@ class _AsyncioBackend(_Backend):
             if self.runner.target is not None:
                 return _ERROR, error
             # Its object is gone: the worker was killed between two attempts.
-            return _ERROR, WorkerDiedError(f"{self.name} was stopped between two attempts", self.name, call.method)
+            return _ERROR, self.stopped(call, "was stopped between two attempts", True)
 
 
 # === What travels ===
@@ -5177,6 +5197,8 @@ def _run_worker(main, connection, link, *parent, prepare=None):
         with _own(socket.socket(fileno=connection)) as worker_end:
             globals()[main](worker_end)
         code = 0
+    except SystemExit:          # of a signal handler, between two calls
+        pass
     except BaseException:
         traceback.print_exc()
     finally:
@@ -5841,6 +5863,7 @@ class _ProcessBackend(_Backend):
         self.failures = 0                       # starts in a row that came to nothing
         self.pace = 1e6                         # microseconds a call takes, about
         self.is_finishing = False
+        self.killed = None                      # why, in words
         self.reader = _reader_for(self)
         self.reader.post(self._launch)
 
@@ -5922,7 +5945,7 @@ class _ProcessBackend(_Backend):
         try:
             for message in link.inbox.receive():
                 self._take(link, *message)
-        except Exception as error:
+        except BaseException as error:      # whatever loading raises
             logger.error("%s sent what cannot be understood (%r): it is killed", self.name, error)
             self.reader.forget(link.connection)
             link.process.kill()
@@ -5944,7 +5967,12 @@ class _ProcessBackend(_Backend):
             link.has_begun = True
             self.failures = 0
             self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
-            self.reader.todo.append((_settle_answer, (call, kind, data, buffers)))
+            if self.killed:
+                link.process.kill()         # nothing else shall begin in the time that it had to clean up
+            if self.killed and kind != _RETURNED:       # a handler of TERM has raised SystemExit, say
+                self._fail(call, self.stopped(call, self.killed, True))
+            else:
+                self.reader.todo.append((_settle_answer, (call, kind, data, buffers)))
         elif kind == _BUILT:
             link.is_built = True
             if not self.started.done():
@@ -6007,7 +6035,8 @@ class _ProcessBackend(_Backend):
             if link.connection.fileno() >= 0:
                 self._hear_last(link)
             begun, unbegun = self._sort_out(link)
-            self.queue.extendleft(reversed(unbegun))
+            again = [call for call in begun if self._may_run_again(call)]
+            self.queue.extendleft(reversed(again + unbegun))
             self.link = self.dead = None
         finally:
             del self.turn["is"]
@@ -6016,17 +6045,30 @@ class _ProcessBackend(_Backend):
         self._unwatch(link)
         link.close()
         for call in begun:
-            self.reader.todo.append((_settle, (call.future, _ERROR, self._death(pid, exitcode, call))))
+            call.deaths += (self.name, pid, exitcode),
+            if call not in again:
+                self._fail(call, self.stopped(call, self.killed, True) if self.killed else _death_in(call))
+        if self.killed:
+            for call in self.queue:
+                self._fail(call, self.stopped(call, self.killed, bool(call.deaths)))
+            self.queue.clear()
         if begun:
             self.failures = 0
-        self._succeed(link, pid, exitcode, bool(begun))
+        self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
+
+    def _may_run_again(self, call):
+        return (len(call.deaths) < self.pool.options.crash_retries and call in self.calls
+                and not self.killed and not self.pool.is_stopped)
+
+    def _fail(self, call, error):
+        self.reader.todo.append((_settle, (call.future, _ERROR, error)))
 
     def _hear_last(self, link):
         try:
             for message in link.inbox.receive():
                 self._take(link, *message)
-        except Exception:
-            pass                        # cut off in the middle
+        except BaseException:
+            pass                        # cut off in the middle, or worse
 
     def _sort_out(self, link):
         """Part the calls that were sent into those that had begun, one at most, and the others."""
@@ -6042,22 +6084,15 @@ class _ProcessBackend(_Backend):
             except (KeyError, ValueError):
                 pass
 
-    def _death(self, pid, exitcode, call):
-        how = ("in a way that is not known" if exitcode is None else
-               f"by signal {-exitcode} ({_signal_name(-exitcode)})" if exitcode < 0 else f"with exit code {exitcode}")
-        doing = f"while it ran {call.method}()" if call else "before it was built"
-        return WorkerDiedError(f"{self.name} (pid {pid}) died {how}, {doing}", self.name,
-                               call and call.method, pid, exitcode)
-
     def _succeed(self, link, pid, exitcode, had_begun):
         """Decide what comes after a process that has ended."""
         if self.is_finishing and not any(call in self.calls for call in self.queue):
             if not self.started.done():
-                _settle(self.started, _ERROR, self.cause or self._death(pid, exitcode, None))
+                _settle(self.started, _ERROR, self.cause or _death_at_start(self.name, pid, exitcode))
             self._end()
             return
         if not (had_begun or link.has_begun or link.is_broken):
-            self._failed_to_start(self.cause or self._death(pid, exitcode, None))
+            self._failed_to_start(self.cause or _death_at_start(self.name, pid, exitcode))
             return
         logger.warning("%s (pid %d) died, exit code %s: its state is lost, a new process takes its place",
                        self.name, pid, exitcode)
@@ -6097,17 +6132,21 @@ class _ProcessBackend(_Backend):
             except OSError:
                 pass
 
-    def kill(self, error):
+    def kill(self, why):
+        """Fail what has not been sent, now; the rest waits for the worker's death, which tells how far it was."""
         self.is_finishing = True
+        self.killed = why
         for call in list(self.calls):
-            _settle_unbegun(call.future, _ERROR, error)
+            if not _is_begun(call.future.__dict__.setdefault("_claim", _ERROR)):
+                _settle(call.future, _ERROR, self.stopped(call, why, False))
         self.reader.post(self._terminate)
 
     def _terminate(self):
-        if self.link is not None:
-            process = self.link.process
-            process.kill(15)
-            self.reader.later(_GRACE, process.kill)
+        link = self.link
+        if link is not None and not link.is_broken:
+            link.is_broken = True
+            link.process.kill(15)
+            self.reader.later(_GRACE, link.process.kill)
 
     def _end(self):
         self.reader.backends.discard(self)
@@ -6127,12 +6166,33 @@ class _ProcessBackend(_Backend):
         _settle(self.ended, _RESULT, None)
 
 
-def _signal_name(number):
+def _death_at_start(name, pid, exitcode):
+    text = f"{name} (pid {pid}) died {_ending(exitcode)}, before it was built"
+    return WorkerDiedError(text, name, None, pid, exitcode, started=False)
+
+
+def _death_in(call):
+    """Return the error of a call whose process has died, perhaps not for the first time."""
+    *before, (name, pid, exitcode) = call.deaths
+    text = f"{name} (pid {pid}) died {_ending(exitcode)}, while it ran {call.method}()"
+    if before:
+        text += "; before, in the same call, died " + ", ".join(
+            f"{name} (pid {pid}) {_ending(exitcode)}" for name, pid, exitcode in before)
+    return WorkerDiedError(text, name, call.method, pid, exitcode, started=True, deaths=call.deaths)
+
+
+def _ending(exitcode):
+    """Tell in words how a process has ended."""
+    if exitcode is None:
+        return "in a way that is not known"
+    if exitcode >= 0:
+        return f"with exit code {exitcode}"
     import signal
     try:
-        return signal.Signals(number).name
+        name = signal.Signals(-exitcode).name
     except ValueError:
-        return "unknown"
+        name = "unknown"
+    return f"by signal {-exitcode} ({name})"
 
 
 def _call_parts(method, args, kwargs):
@@ -6744,7 +6804,7 @@ class _Pool:
                 refused = self._place_all()
                 del turn["is"]
                 for call, error in refused:
-                    _settle_unbegun(call.future, _ERROR, error)
+                    _settle_unbegun(call.future, _ERROR, call.reason(error))
                 # Looked at again after the turn: who gave a place back meanwhile left it to us.
                 if not (self.chores or self.backlog and self._has_room()):
                     return
@@ -6915,15 +6975,15 @@ class _Pool:
         self.is_stopped = True
         self.close("it is stopped")
         timeout = self.options.stop_timeout if timeout is None else timeout
-        error = WorkerDiedError(f"{self.name} was stopped after {timeout:g} s, in the middle of this call", self.name)
+        why = f"was stopped after {timeout:g} s"
         try:
-            self._stop(timeout, error)
+            self._stop(timeout, why)
         except BaseException:           # Ctrl-C: as if the time were over, but without waiting
             for backend in list(self.backends):
-                backend.kill(error)
+                backend.kill(why)
             raise
 
-    def _stop(self, timeout, error):
+    def _stop(self, timeout, why):
         is_first = next(self.once) == 0
         deadline = _deadline(timeout)
         dropped = sum(_withdraw(call.future) for call in list(self.calls))
@@ -6937,17 +6997,20 @@ class _Pool:
         _run(_settled_of(waited_for, ALL_COMPLETED), timeout)
         for backend in list(self.backends):
             if any(call in backend.calls for call in running):
-                backend.kill(error)
+                backend.kill(why)
             elif is_first:
                 backend.finish()
-        self._see_them_end(deadline, error)
+        self._see_them_end(deadline, why)
+        for call in running:            # of a process that even KILL does not end at once
+            if call.backend is not None and call in self.calls:
+                _settle(call.future, _ERROR, call.backend.stopped(call, why, None))
 
-    def _see_them_end(self, deadline, error):
+    def _see_them_end(self, deadline, why):
         """Wait for the workers; kill those that are late; warn of what cannot be killed."""
         ended = {backend.ended: backend for backend in list(self.backends) if not backend.is_here()}
         late = _run(_settled_of(set(ended), ALL_COMPLETED), max(_left(deadline), 0.05)).not_done
         for future in late:
-            ended[future].kill(error)
+            ended[future].kill(why)
         late = {future for future in late if ended[future].can_be_killed}
         _run(_settled_of(late, ALL_COMPLETED), _GRACE + 0.05)
         self.setup = None               # and the descriptors that it holds
@@ -7396,6 +7459,8 @@ def _options(cls, **given):
     num_retries, retry_on, retry_algorithm, retry_wait, retry_max_wait, retry_jitter, retry_until: see RetryConfig.
     retry_config: a RetryConfig; what is given beside it wins.
     mp_context: in process mode "forkserver", "spawn" or "fork".
+    crash_retries: how often a call that was running when its process died is run again, in a new one, from its
+        beginning. Default 0: it is run at most once. No retry of `num_retries` is used up by it.
     on_demand_linger: seconds that an idle on-demand TaskWorker is kept.
 
     Defaults are `global_config`'s. Raises TypeError for an unknown option, ValueError for an

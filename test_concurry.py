@@ -49,6 +49,19 @@ MODES = ("sync", "thread", "process", "asyncio")
 os.environ["CONCURRY_TESTS"] = TOKEN = f"tests-{os.getpid()}"       # our descendants are known by it
 
 
+def setUpModule():
+    """Have a folder of our own for temporary files, to see whether some are left."""
+    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    folder = tempfile.TemporaryDirectory(prefix="concurry-tests-")
+    tempfile.tempdir = os.environ["TMPDIR"] = folder.name
+
+    def put_back():
+        tempfile.tempdir, variable = before
+        os.environ.pop("TMPDIR") if variable is None else os.environ.update(TMPDIR=variable)
+        folder.cleanup()
+    unittest.addModuleCleanup(put_back)
+
+
 # === Scaffolding ===
 
 def over_modes(namespace, bodies, modes=MODES):
@@ -160,35 +173,46 @@ class Flag:
         os.rmdir(os.path.dirname(self.path))
 
 
+class Belongings:
+    """The threads, processes, descriptors and temporary files that there are."""
+
+    def __init__(self):
+        self.threads = set(threading.enumerate())
+        self.processes = set(descendants())
+        self.descriptors = descriptors()
+        self.files = set(os.listdir(tempfile.gettempdir()))
+
+    def what_is_left(self):
+        """Return what is there now and was not, after waiting for what is about to go."""
+        gc.collect()
+        left = set(threading.enumerate()) - self.threads
+        deadline = time.monotonic() + SAFETY / 3
+        for thread in left:
+            thread.join(max(0, deadline - time.monotonic()))
+        concurry._close_server()
+        threads = [thread for thread in left if thread.is_alive()]
+        if threads:
+            faulthandler.dump_traceback(sys.__stderr__)
+        processes = [what for pid, what in descendants().items() if pid not in self.processes and not until_gone(pid)]
+        opened = [what for number, what in descriptors().items() if self.descriptors.get(number) != what]
+        return threads + processes + opened + sorted(set(os.listdir(tempfile.gettempdir())) - self.files)
+
+
 class CleanTestCase(unittest.TestCase):
     """Each test ends within the safety time; each class leaves no thread, process or descriptor."""
 
     @classmethod
     def setUpClass(cls):
-        cls.threads_before = set(threading.enumerate())
-        cls.processes_before = set(descendants())
-        cls.descriptors_before = descriptors()
+        cls.before = Belongings()
         super().setUpClass()
 
     @classmethod
     def tearDownClass(cls):
         super().tearDownClass()
-        gc.collect()
         faulthandler.dump_traceback_later(2 * SAFETY, exit=True)
-        left = set(threading.enumerate()) - cls.threads_before
-        deadline = time.monotonic() + SAFETY / 3
-        for thread in left:
-            thread.join(max(0, deadline - time.monotonic()))
-        concurry._close_server()
-        if any(thread.is_alive() for thread in left):
-            faulthandler.dump_traceback(sys.__stderr__)
-        assert not [thread for thread in left if thread.is_alive()], f"threads left: {left}"
-        for pid in set(descendants()) - cls.processes_before:
-            assert until_gone(pid), f"process left: {pid} {descendants().get(pid)}"
-        opened = {number: what for number, what in descriptors().items()
-                  if cls.descriptors_before.get(number) != what}
-        assert not opened, f"descriptors left: {opened}"
+        left = cls.before.what_is_left()
         faulthandler.cancel_dump_traceback_later()
+        assert not left, left
 
     def run(self, result=None):
         faulthandler.dump_traceback_later(2 * SAFETY, exit=True, file=sys.__stderr__)
@@ -6333,22 +6357,7 @@ class MultiprocessingObjectTests(ProgramCase):
                 keeps.stop()
 
 
-# === Faults ===
-#
-# One pool for each start method and size goes through the whole table: after each fault it has to be
-# as it was, so a fault that spoils it shows in the next.
-
-class Fault(typing.NamedTuple):
-    """A call that goes wrong, and what has to become of it."""
-
-    row: int                        # of FAULTS
-    call: typing.Callable           # submits it: call(handle) -> future
-    error: type                     # what its future raises
-    text: str = ""                  # a pattern in that error's text
-    cause: str = ""                 # a pattern in its cause
-    deaths: int = 0                 # workers that are replaced
-    check: typing.Callable = None   # what else holds for the error
-
+# === Faults: those who suffer ===
 
 class ExitsWhenLoaded:
     """An object that ends the process that loads it, unless it is its own."""
@@ -6395,6 +6404,25 @@ class OwnInterrupt(BaseException):
     pass
 
 
+class Moment(typing.NamedTuple):
+    """When a worker dies: at the n-th coming call of a socket's method."""
+
+    method: str
+    times: int
+    after: bool = False                 # once it has been carried out
+
+    def arm(self):
+        """Have this process die then. To be called in a call, whose own answer does not count."""
+        count = itertools.count(1)
+
+        def watch(frame, event, function):
+            if event == ("c_return" if self.after else "c_call") and function.__name__ == self.method:
+                # The end of sending the answer of this call is seen, its beginning too.
+                if next(count) == self.times + (self.method == "sendall"):
+                    os.kill(os.getpid(), 9)
+        sys.setprofile(watch)
+
+
 class Patient(Worker):
     """A worker that is made to suffer; it has a state, to tell when that is lost."""
 
@@ -6408,8 +6436,18 @@ class Patient(Worker):
     def pid(self):
         return os.getpid()
 
+    def who(self):
+        return os.getpid(), threading.get_ident()
+
     def give(self, *args, config=None):
         return len(args)
+
+    def note(self, path, n):
+        """Write down that the call begins and ends."""
+        for letter in "be":
+            with open(path, "ab", 0) as file:
+                file.write(f"{letter}{n} ".encode())
+        return n
 
     def wait_for(self, flag, began=None):
         if began:
@@ -6417,8 +6455,20 @@ class Patient(Worker):
         flag.wait()
         return "waited"
 
+    async def wait_for_ever(self, began):
+        began.set()
+        await asyncio.get_running_loop().create_future()
+
     def exit(self, code):
         os._exit(code)
+
+    def exit_until(self, path, times):
+        """End the process, unless that has been done so many times."""
+        with open(path, "ab", 0) as file:
+            file.write(b"x")
+            if file.tell() <= times:
+                os._exit(3)
+        return "survived"
 
     def kill(self, number):
         os.kill(os.getpid(), number)
@@ -6433,22 +6483,23 @@ class Patient(Worker):
         import ctypes
         ctypes.string_at(0)
 
-    def die_in(self, name, times, size):
-        """Die at the n-th coming call of a socket's method; return something large."""
-        def watch(frame, event, function):
-            nonlocal times
-            if event == "c_call" and function.__name__ == name:
-                times -= 1
-                if not times:
-                    os.kill(os.getpid(), 9)
-        sys.setprofile(watch)
+    def die_at(self, moment, size=0):
+        moment.arm()
         return bytearray(size)
 
     def close_descriptors(self):
         os.closerange(2, 1000)          # 2 too: there is a traceback that nobody wants
         return "closed"
 
+    def send_garbage(self, garbage):
+        """Send something to the parent, as if it were a message."""
+        sys.modules["concurry"]._upstream.connection.sendall(garbage)
+        os._exit(0)
+
     def throw(self, kind, *args):
+        raise kind(*args)
+
+    async def throw_async(self, kind, *args):
         raise kind(*args)
 
     def throw_picky(self):
@@ -6463,14 +6514,19 @@ class Patient(Worker):
         while True:
             signal.pause()
 
-    def tidy_on_term(self, flag, began):
-        def tidy(number, frame):
-            flag.set()
-            os._exit(0)
-        signal.signal(signal.SIGTERM, tidy)
+    def on_term(self, began, how, flag=None):
+        """Wait for a TERM, and raise SystemExit, return, or end the process."""
+        def handle(number, frame):
+            if how == "tidy":
+                flag.set()
+                os._exit(0)
+            sys.exit(3) if how == "exit" else received.append(number)
+        received = []
+        signal.signal(signal.SIGTERM, handle)
         began.set()
-        while True:
+        while not received:
             signal.pause()
+        return "cleaned up"
 
 
 class Fragile(Worker):
@@ -6501,239 +6557,7 @@ class KeepsIt(Worker):
         self.it.send(what)
 
 
-FAULTS = {
-    "os._exit": Fault(1, lambda h: h.exit(3), WorkerDiedError, r"exit code 3.*exit\(\)", deaths=1,
-                      check=lambda e: (e.exitcode, e.method) == (3, "exit")),
-    "kill -9": Fault(1, lambda h: h.kill(9), WorkerDiedError, r"signal 9 \(SIGKILL\).*kill\(\)", deaths=1,
-                     check=lambda e: e.exitcode == -9 and str(e.pid) in str(e) and e.worker in str(e)),
-    "SIGTERM": Fault(1, lambda h: h.kill(15), WorkerDiedError, "SIGTERM", deaths=1),
-    "segfault": Fault(1, lambda h: h.crash(), WorkerDiedError, r"signal 11 \(SIGSEGV\).*crash\(\)", deaths=1),
-    "dies while sending": Fault(3, lambda h: h.die_in("sendall", 2, 1 << 22), WorkerDiedError, "SIGKILL.*die_in", deaths=1),
-    "closes its descriptors": Fault(1, lambda h: h.close_descriptors(), WorkerDiedError, "close_descriptors", deaths=1),
-    "SystemExit": Fault(5, lambda h: h.throw(SystemExit, 3), SystemExit, "3", cause="in throw"),
-    "sys.exit text": Fault(5, lambda h: h.throw(SystemExit, "bye"), SystemExit, "bye"),
-    "KeyboardInterrupt": Fault(5, lambda h: h.throw(KeyboardInterrupt), KeyboardInterrupt),
-    "CancelledError": Fault(5, lambda h: h.throw(asyncio.CancelledError), asyncio.CancelledError),
-    "the other one": Fault(5, lambda h: h.throw(concurrent.futures.CancelledError), concurrent.futures.CancelledError),
-    "GeneratorExit": Fault(5, lambda h: h.throw(GeneratorExit), GeneratorExit),
-    "BaseException": Fault(5, lambda h: h.throw(OwnInterrupt, "own"), OwnInterrupt, "own", "in throw"),
-    "StopIteration": Fault(5, lambda h: h.throw(StopIteration, 5), StopIteration, "5"),
-    "argument": Fault(6, lambda h: h.give(1, config={"lock": threading.Lock()}), pickle.PicklingError,
-                      r"argument 'config'\['lock'\] of give\(\): cannot pickle '_thread.lock' object"),
-    "argument with a reason": Fault(6, lambda h: h.give(0, [h]), pickle.PicklingError,
-                                    r"argument 2\[0\] of give\(\): a handle .* cannot travel"),
-    "deep argument": Fault(6, lambda h: h.give(functools.reduce(lambda deep, _: [deep], range(100_000))),
-                           pickle.PicklingError, r"argument 1 of give\(\).*nested too deeply"),
-    "result": Fault(7, lambda h: h.result_with(threading.Lock), pickle.PicklingError,
-                    r"result\['inner'\]\[1\] of result_with\(\): cannot pickle '_thread.lock' object"),
-    "argument that does not load": Fault(8, lambda h: h.give(FailsWhenLoaded()), pickle.PicklingError,
-                                         "ZeroDivisionError: while loading",
-                                         check=lambda e: isinstance(e.__cause__, ZeroDivisionError)),
-    "result that does not load": Fault(8, lambda h: h.result_with(functools.partial(FailsWhenLoaded, os.getpid())),
-                                       pickle.PicklingError, r"result_with\(\).*ZeroDivisionError: while loading",
-                                       check=lambda e: isinstance(e.__cause__, ZeroDivisionError)),
-    "argument whose loading exits": Fault(9, lambda h: h.give(ExitsWhenLoaded()), WorkerDiedError,
-                                          r"exit code 4.*give\(\)", deaths=1),
-    "exception with needs": Fault(10, lambda h: h.throw_picky(), RemoteError, "Picky: the original text", "in throw_picky",
-                                  check=lambda e: e.type_name.endswith("Picky") and "in throw_picky" in e.traceback),
-    "exception with a lock": Fault(10, lambda h: h.throw(Holder), RemoteError, "Holder: held", "in throw"),
-}
-
-
-class FaultTableTests(CleanTestCase):
-    def check_table(self, method, size):
-        logger, records = logging.getLogger("concurry"), queue.SimpleQueue()
-        handler = logging.handlers.QueueHandler(records)
-        logger.addHandler(handler)
-        self.addCleanup(logger.removeHandler, handler)
-        handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
-        restarts = 0
-        for name, fault in FAULTS.items():
-            before = [handle.pid() for _ in range(size)]
-            future = fault.call(handle)
-            after = [handle.pid() for _ in range(size)]
-            restarts += fault.deaths
-            with self.subTest(name, row=fault.row, method=method, size=size):
-                error = future.exception(SAFETY)
-                self.assertIs(type(error), fault.error, error)
-                self.assertRegex(str(error), f"(?s){fault.text}")
-                self.assertIn(fault.cause, str(error.__cause__))
-                if fault.check:
-                    self.assertTrue(fault.check(error), (error, error.__cause__))
-            with self.subTest(name + ": and the others", row=fault.row, method=method, size=size):
-                before, after = ({future.result(SAFETY) for future in some} for some in (before, after))
-                self.assertEqual((len(before), len(after & before)), (size, size - fault.deaths))
-                self.assertEqual(handle.get_pool_stats()["restarts"], restarts)
-                for _ in range(fault.deaths):
-                    self.assertIn("state is lost", records.get(timeout=SAFETY).getMessage())
-                self.assertTrue(records.empty())
-        self.assertEqual(len(handle._pool.calls), 0)
-
-    def test_dying_while_a_call_is_received(self):
-        """Row 4: it had not begun, and is carried out by the next worker."""
-        for method in START_METHODS:
-            for size in (1, 3):
-                with self.subTest(method, size=size), self.log_of() as logs:
-                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
-                    handle.die_in("recv_into", 1, 1).result(SAFETY)
-                    futures = [handle.give(bytearray(1 << 20)) for _ in range(size)]
-                    self.assertEqual([future.result(SAFETY) for future in futures], [1] * size)
-                    self.assertEqual(len({handle.pid().result(SAFETY) for _ in range(size)}), size)
-                    self.assertEqual(handle.get_pool_stats()["restarts"], 1)
-                    handle.stop()
-                self.assertRegex(logs.output[0], "state is lost")
-
-    def test_death_of_an_idle_worker(self):
-        """Row 2."""
-        for method in START_METHODS:
-            for size in (1, 3):
-                with self.subTest(method, size=size), self.log_of() as logs:
-                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
-                    pids = [handle.pid().result(SAFETY) for _ in range(size)]
-                    os.kill(pids[0], 9)
-                    self.assertTrue(until_gone(pids[0]))
-                    later = [handle.add().result(SAFETY) for _ in range(size)] and \
-                        [handle.pid().result(SAFETY) for _ in range(size)]
-                    self.assertEqual((len(set(later)), len(set(later) & set(pids))), (size, size - 1))
-                    self.assertEqual(handle.get_pool_stats()["restarts"], 1)
-                    handle.stop()
-                self.assertRegex(logs.output[0], f"Patient-0.*{pids[0]}.*state is lost")
-
-    def test_full_queue_behind_a_death(self):
-        """Row 24: blocked submitters wake, in order; what had not begun is carried out, once."""
-        for method in START_METHODS:
-            with self.subTest(method), self.log_of():
-                handle = self.start(Patient, mode="process", mp_context=method, max_queued_tasks=2)
-                flag, began = self.flag(), self.flag()
-                doomed = handle.kill_when(flag, began)
-                began.wait()
-                queued, results = handle.add(), queue.SimpleQueue()
-                threads = [threading.Thread(target=lambda: results.put(handle.add().result(SAFETY))) for _ in range(4)]
-                for thread in threads:
-                    thread.start()
-                flag.set()
-                self.assertIs(type(doomed.exception(SAFETY)), WorkerDiedError)
-                self.assertEqual(queued.result(SAFETY), 1)
-                self.assertEqual(sorted(results.get(timeout=SAFETY) for _ in threads), [2, 3, 4, 5])
-                for thread in threads:
-                    thread.join(SAFETY)
-                handle.stop()
-
-
-for _method in START_METHODS:
-    for _size in (1, 3):
-        setattr(FaultTableTests, f"test_table_{_method}_{_size}",
-                lambda self, method=_method, size=_size: self.check_table(method, size))
-
-
-class ConstructorTests(ProgramCase):
-    def check_nothing_left(self, before):
-        concurry._close_server()
-        self.assertEqual(set(descendants()) - before, set())
-
-    def test_exception(self):
-        """Row 11: `init` raises it, as itself, and nothing is left running."""
-        for method in START_METHODS:
-            for size in (1, 3):
-                with self.subTest(method, size=size):
-                    before = set(descendants())
-                    for error in [KeyError("k"), OwnInterrupt("own"), FileNotFoundError(2, "no", "file")][:4 - size]:
-                        with self.assertRaises(type(error)) as caught:
-                            Fragile.options(mode="process", mp_context=method, max_workers=size).init(error)
-                        self.assertEqual(caught.exception.args, error.args)
-                        self.assertIn("in __init__", str(caught.exception.__cause__))
-                    self.check_nothing_left(before)
-
-    def test_exit(self):
-        """Row 12: told at once, and it is not tried again and again."""
-        for method in START_METHODS:
-            for size in (1, 3):
-                with self.subTest(method, size=size):
-                    before, path = set(descendants()), os.path.join(self.folder(), "starts")
-                    for how, text in ((7, "exit code 7.*before it was built"), (SystemExit(8), "constructor.*SystemExit.8")):
-                        with self.assertRaisesRegex(WorkerDiedError, text):
-                            Fragile.options(mode="process", mp_context=method, max_workers=size).init(how, path, 0)
-                    self.assertLessEqual(len(open_and_read(path)), 2 * size)
-                    self.check_nothing_left(before)
-
-    def test_one_of_a_pool(self):
-        for method in START_METHODS:
-            with self.subTest(method):
-                before, path = set(descendants()), os.path.join(self.folder(), "starts")
-                with self.assertRaisesRegex(ValueError, "the third"):
-                    Fragile.options(mode="process", mp_context=method, max_workers=3).init(ValueError("the third"), path, 2)
-                self.check_nothing_left(before)
-
-    def test_given_up(self):
-        """Row 13: after three starts in a row that failed, all pending and later calls fail with the cause."""
-        for method in START_METHODS:
-            for how, kind, text in ((KeyError("again"), KeyError, "again"), (6, WorkerDiedError, "exit code 6")):
-                with self.subTest(method, how=how), self.log_of() as logs:
-                    path = os.path.join(self.folder(), "starts")
-                    handle = self.start(Fragile, how, path, mode="process", mp_context=method)
-                    killed, pending = handle.exit(), [handle.pid() for _ in range(3)]
-                    self.assertEqual(killed.exception(SAFETY).exitcode, 5)
-                    for future in pending + [handle.pid()]:
-                        self.assertIsInstance(future.exception(SAFETY), kind)
-                        self.assertRegex(str(future.exception()), text)
-                    self.assertEqual(len(open_and_read(path)), 1 + 3)
-                    self.assertEqual(handle.get_pool_stats()["total_workers"], 0)
-                    handle.stop()
-                self.assertTrue(any("state is lost" in line for line in logs.output))
-
-    def test_others_take_over(self):
-        """Row 13, in a pool; a call that kills its worker is charged to the call, however often."""
-        for method in START_METHODS:
-            with self.subTest(method), self.log_of():
-                path = os.path.join(self.folder(), "starts")
-                handle = self.start(Fragile, 6, path, 3, mode="process", mp_context=method, max_workers=3)
-                self.assertEqual(handle.exit().exception(SAFETY).exitcode, 5)       # its place cannot be filled again
-                pids = {future.result(SAFETY) for future in [handle.pid() for _ in range(12)]}
-                self.assertIn(len(pids), (2, 3))
-                self.assertEqual(len({handle.pid().result(SAFETY) for _ in range(6)}), 2)
-                self.assertEqual(handle.get_pool_stats()["total_workers"], 2)
-                handle.stop()
-        with self.log_of():
-            steady = self.start(Patient, mode="process")
-            futures = [steady.exit(n) for n in range(5)]
-            self.assertEqual([future.exception(SAFETY).exitcode for future in futures], list(range(5)))
-            self.assertEqual(steady.add(2).result(SAFETY), 2)
-
-    def test_no_descriptors(self):
-        """Row 30: the OSError reaches `init`; nothing is left; where there are workers, they take the calls."""
-        code = '''
-            import concurry, errno, resource, threading
-            method = sys.argv[1]
-            def descriptors():
-                for thread in threading.enumerate():
-                    if thread is not threading.main_thread(): thread.join()
-                return sorted(os.listdir("/proc/self/fd"))
-            with concurry.Executor("process", 1, mp_context=method) as pool:
-                pool.submit(int).result()
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            before, outcomes = descriptors(), set()
-            for spare in range(1, 40, 2):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (int(max(before, key=int)) + 1 + spare, hard))
-                try:
-                    with concurry.Executor("process", 1, mp_context=method) as pool:
-                        outcomes.add(pool.submit(lambda: "worked").result())
-                        on_demand = concurry.Executor("process", 2, mp_context=method, on_demand=True)
-                        calls = [on_demand.submit(lambda n: n, n) for n in range(4)]
-                        for call in calls:
-                            error = call.exception()
-                            outcomes.add("on demand" if error is None else error.errno)
-                        on_demand.shutdown()
-                except OSError as error:
-                    outcomes.add(error.errno)
-                finally:
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-                left = descriptors()
-                assert left == before, (spare, left, before)
-            print(outcomes == {errno.EMFILE, "worked", "on demand"} or outcomes)
-        '''
-        programs = [Program(self, code, method) for method in START_METHODS]
-        self.assertEqual([program.output() for program in programs], [("True\n", "")] * len(programs))
-
+class LaunchTests(CleanTestCase):
     def test_no_interpreter(self):
         self.addCleanup(setattr, sys, "executable", sys.executable)
         concurry._close_server()
@@ -6889,69 +6713,11 @@ class StopWhilePicklingTests(CleanTestCase):
         self.assertTrue(future.cancelled())
 
 
-class CancelInQueueTests(CleanTestCase):
-    def test_behind_a_slow_call_everything_can_be_cancelled(self):
-        """Row 16 and 4.4."""
-        for method in START_METHODS:
-            for size in (1, 3):
-                with self.subTest(method, size=size):
-                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size, max_queued_tasks=3)
-                    flag = self.flag()
-                    begun = [self.flag() for _ in range(size)]
-                    running = [handle.wait_for(flag, began) for began in begun]
-                    for began in begun:
-                        began.wait()
-                    told = queue.SimpleQueue()
-                    pending = [handle.add() for _ in range(2 * size)]
-                    for future in pending:
-                        future.add_done_callback(told.put)
-                    self.assertEqual([future.cancel() for future in pending], [True] * len(pending))
-                    self.assertEqual({told.get(timeout=SAFETY) for _ in pending}, set(pending))
-                    self.assertEqual([future.cancel() for future in running], [False] * size)
-                    self.assertTrue(all(future.running() for future in running))
-                    again = [handle.add(10) for _ in range(2 * size)]           # their places are free
-                    flag.set()
-                    self.assertEqual([future.result(SAFETY) for future in running], ["waited"] * size)
-                    self.assertEqual(sum(future.result(SAFETY) for future in again), 30 * size)    # none of them ran
-                    handle.stop()
-
-    def test_cancel_races_with_the_result(self):
-        """One winner: what was cancelled never ran, the rest is done."""
-        handle = self.start(Patient, mode="process", max_queued_tasks=None)
-        for _ in range(20):
-            futures = [handle.add() for _ in range(30)]
-            cancelled = [future.cancel() for future in reversed(futures)]
-            done, pending = concurrent.futures.wait(futures, SAFETY)
-            self.assertEqual((len(done), sum(future.cancelled() for future in futures)), (30, sum(cancelled)))
-        ran = handle.add(0).result(SAFETY)
-        self.assertGreater(ran, 0)
-        del futures
-        counts = [handle.add() for _ in range(200)]
-        kept = [future for future in counts if not future.cancel()]
-        concurrent.futures.wait(kept, SAFETY)
-        self.assertEqual(handle.add(0).result(SAFETY), ran + len(kept))
-
-
 # === Limits across processes ===
-
-class Moment(typing.NamedTuple):
-    """When a worker dies in the middle of acquiring and giving back: at the n-th coming call of a socket's method."""
-
-    method: str
-    times: int
-    after: bool = False                 # once it has been carried out
-
 
 class Mortal(Worker):
     def die_at(self, moment):
-        """Die at this moment of the next call."""
-        count = itertools.count(1)
-
-        def watch(frame, event, function):
-            if event == ("c_return" if moment.after else "c_call") and function.__name__ == moment.method:
-                if next(count) == moment.times + (not moment.after):    # the answer of this call comes first
-                    os.kill(os.getpid(), 9)
-        sys.setprofile(watch)
+        moment.arm()
 
     def use(self):
         with self.limits.acquire({"tokens": 10}) as acquired:
@@ -7071,95 +6837,15 @@ class Asking(Worker):
         return n
 
 
+def slots_and_tokens(slots=2):
+    return LimitSet([ResourceLimit("slots", slots), RateLimit("tokens", 1000, per="hour")])
+
+
 class FarLimitTests(ProgramCase):
-    """What only processes can do wrong with limits: rows 14, 15, 32, 33, 37."""
-
-    def limits(self, slots=2):
-        return LimitSet([ResourceLimit("slots", slots), RateLimit("tokens", 1000, per="hour")])
-
-    def test_killed_while_it_holds(self):
-        """Row 14: the slot is free, what the rate had granted counts as used; who waits for it gets it."""
-        for method in START_METHODS:
-            for size, update, used in ((1, False, 10), (3, True, 1)):
-                with self.subTest(method, size=size, update=update), self.log_of():
-                    limits, started, go = self.limits(1), self.flag(), self.flag()
-                    pool = self.start(Mortal, mode="process", mp_context=method, max_workers=size, limits=limits)
-                    pids = [pool.pid().result(SAFETY) for _ in range(size)]
-                    held = pool.hold(started, go, update)
-                    started.wait()
-                    until(lambda limits=limits, used=used: in_use(limits) == {"slots": 1, "tokens": used})
-                    waiting = in_thread(lambda limits=limits: limits.acquire(timeout=SAFETY).release())
-                    until(lambda limits=limits: limits.get_stats()["slots"]["waiting"] == 1)
-                    os.kill(pids[0], 9)
-                    self.assertIsInstance(held.exception(SAFETY), WorkerDiedError)
-                    waiting.result(SAFETY)
-                    self.assertEqual(in_use(limits), {"slots": 0, "tokens": used})
-                    go.set()
-                    pool.use().result(SAFETY)
-                    pool.stop()
-
-    def test_killed_at_any_point(self):
-        """Row 15: while it asks, waits for the verdict, corrects, gives back. Nobody else is affected."""
-        moments = [Moment("sendall", n, after) for n in (1, 2, 3, 4) for after in (False, True)] + [Moment("acquire", 1)]
-        for method in START_METHODS:
-            limits = self.limits(1)
-            with self.log_of() as logs:
-                pool = self.start(Mortal, mode="process", mp_context=method, max_workers=2, limits=limits,
-                                  load_balancing="round_robin", max_queued_tasks=None)
-                for moment in moments if method == "forkserver" else moments[::3]:
-                    with self.subTest(method, moment=moment):
-                        pool.die_at(moment).result(SAFETY)
-                        # It is a call of that worker's, but for the last moment not always its first.
-                        ended = [future.exception(SAFETY) for future in [pool.use() for _ in range(5)]]
-                        deaths = [error for error in ended if error is not None]
-                        self.assertLessEqual(len(deaths), 1, deaths)
-                        self.assertEqual({type(error) for error in deaths} - {WorkerDiedError}, set())
-                        self.assertEqual((in_use(limits)["slots"], limits.get_stats()["slots"]["waiting"]), (0, 0))
-                        self.assertEqual(limits._home.held, {})
-                pool.stop()
-            self.assertGreater(len(logs.output), 2)
-
-    def test_killed_while_it_waits(self):
-        limits, started, go = self.limits(1), self.flag(), self.flag()
-        pool = self.start(Mortal, mode="process", limits=limits, max_workers=2)
-        pids = [pool.pid().result(SAFETY) for _ in range(2)]
-        with self.log_of(), limits.acquire():
-            doomed = pool.hold(started, go)
-            until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
-            behind = pool.hold(started, go)
-            until(lambda: limits.get_stats()["slots"]["waiting"] == 2)
-            os.kill(pids[0], 9)
-            self.assertIsInstance(doomed.exception(SAFETY), WorkerDiedError)
-            until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
-        started.wait()
-        go.set()
-        behind.result(SAFETY)
-
-    def test_killed_again_and_again(self):
-        """Row 32: never more than the capacity inside, at the end nothing is in use."""
-        path, limits = os.path.join(self.folder(), "log"), LimitSet([ResourceLimit("slots", 1), CallLimit(10 ** 6, 3600)])
-        pool = self.start(Logger, path, mode="process", max_workers=2, limits=limits, max_queued_tasks=None)
-        rng, deaths = random.Random(8), 0
-        with self.log_of():
-            for _ in range(25):
-                pids = [pool.pid().result(SAFETY) for _ in range(2)]
-                futures = [pool.work(100) for _ in range(2)]
-                goal = limits.get_stats()["call_count"]["granted"] + rng.randint(1, 60)
-                until(lambda goal=goal: limits.get_stats()["call_count"]["granted"] >= goal
-                      or all(future.done() for future in futures))
-                os.kill(rng.choice(pids), rng.choice([9, 15]))
-                deaths += sum(isinstance(future.exception(SAFETY), WorkerDiedError) for future in futures)
-        self.assertGreater(deaths, 5)
-        pool.work(1).result(SAFETY)
-        self.assertEqual(in_use(limits)["slots"], 0)
-        with open(path, "rb") as file:
-            letters = file.read().decode()
-        # Who was killed inside wrote no end: the next one begins where it should have been.
-        self.assertIsNone(re.search(r"--", letters))
-        self.assertLessEqual(letters.count("+") - letters.count("-"), deaths)
+    """What only processes can do wrong with limits; see the table of faults, too."""
 
     def test_threads_and_loops_in_a_worker(self):
-        limits = self.limits()
+        limits = slots_and_tokens()
         pool = self.start(Mortal, mode="process", max_workers=2, limits=limits)
         gather([pool.many_threads(6, 20) for _ in range(2)], timeout=SAFETY)
         tried, message = pool.foreign_loop().result(SAFETY)
@@ -7174,7 +6860,7 @@ class FarLimitTests(ProgramCase):
     def test_pools_inside_workers(self):
         for method in START_METHODS:
             with self.subTest(method):
-                limits, started, go = self.limits(1), self.flag(), self.flag()
+                limits, started, go = slots_and_tokens(1), self.flag(), self.flag()
                 outer = self.start(Mortal, mode="process", mp_context=method, limits=limits)
                 middle = outer.pid().result(SAFETY)
                 inner = outer.inner(method).result(SAFETY)
@@ -7201,7 +6887,7 @@ class FarLimitTests(ProgramCase):
 
     def test_sets_in_arguments_results_and_functions(self):
         api = self.start(Api, mode="process")
-        limits = self.limits()
+        limits = slots_and_tokens()
         self.assertEqual(api.use(limits).result(SAFETY)["slots"]["in_use"], 1)
         api.keep(LimitSet([ResourceLimit("slots", 1)])).result(SAFETY)
         gc.collect()                    # nobody else has that one
@@ -7220,10 +6906,10 @@ class FarLimitTests(ProgramCase):
     def test_statistics_through_a_process_in_between(self):
         """They are asked for while answers to calls come in: each call gets its own."""
         outer = self.start(Through, mode="process")
-        self.assertEqual(outer.go(self.limits()).result(SAFETY), list(range(200)))
+        self.assertEqual(outer.go(slots_and_tokens()).result(SAFETY), list(range(200)))
 
     def test_a_loop_that_is_closed_in_a_worker(self):
-        limits = self.limits(1)
+        limits = slots_and_tokens(1)
         pool = self.start(Mortal, mode="process", limits=limits)
         with limits.acquire():
             pool.closed_loop().result(SAFETY)
@@ -7258,7 +6944,7 @@ class FarLimitTests(ProgramCase):
 
     def test_what_a_worker_makes_up(self):
         """Tickets that no LimitSet would send are refused; everybody else goes on."""
-        limits = self.limits()
+        limits = slots_and_tokens()
         home, link = limits._home, types.SimpleNamespace(guests={}, lane=types.SimpleNamespace(send=lambda *sent: told.append(sent)))
         for wants, usage in (({"slots": "x"}, None), ({"nothing": 1}, None), ({"slots": -1}, None), ({"slots": 1e400}, None),
                              (5, None), ({"slots": 1}, {"tokens": float("nan")}), ({"slots": 1}, {"other": 1}), ({"slots": 1}, 7)):
@@ -7283,7 +6969,7 @@ class FarLimitTests(ProgramCase):
         ''', "True True\n" * len(START_METHODS), *START_METHODS)
 
     def test_waiting_in_a_callback_on_the_readers_thread(self):
-        limits, errors = self.limits(1), queue.SimpleQueue()
+        limits, errors = slots_and_tokens(1), queue.SimpleQueue()
         pool = self.start(Mortal, mode="process", limits=limits)
 
         def callback(future):
@@ -7308,7 +6994,7 @@ class FarLimitTests(ProgramCase):
 
     def test_os_fork(self):
         """Row 37: the limits are the parent's; there they go on."""
-        limits = self.limits()
+        limits = slots_and_tokens()
         pool = self.start(Mortal, mode="process", limits=limits)
         self.assertEqual(pool.fork_and_acquire().result(SAFETY), 7)
         over = []
@@ -7346,25 +7032,7 @@ class FarLimitTests(ProgramCase):
             print(sorted(limits))
             try: limits.acquire()
             except RuntimeError as error: print(error)
-        ''', f"['slots', 'tokens']\n{concurry._OUT_OF_REACH}\n", pickle.dumps(self.limits()).hex())
-
-    def test_without_semaphores_and_shared_memory(self):
-        """Row 33."""
-        self.check_program('''
-            sys.modules["_multiprocessing"] = sys.modules["_posixshmem"] = None
-            import concurry
-            limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1), concurry.CallLimit(100, 60)])
-            def use(n, limits):
-                with limits.acquire(): return n
-            before = os.listdir("/dev/shm")
-            with concurry.TaskWorker.options(mode="process", max_workers=2, limits=limits).init(fn=use) as pool:
-                print(list(pool.map(range(20))), os.listdir("/dev/shm") == before)
-            print(limits.get_stats()["call_count"]["in_use"])
-        ''', f"{list(range(20))} True\n20\n")
-
-    def test_clocks_that_can_be_set_are_not_used(self):
-        """Row 28."""
-        self.assertIsNone(re.search(r"\btime\.(time|localtime|gmtime)\b|datetime", open_and_read(concurry.__file__)))
+        ''', f"['slots', 'tokens']\n{concurry._OUT_OF_REACH}\n", pickle.dumps(slots_and_tokens()).hex())
 
     def test_verdicts_that_the_socket_does_not_take(self):
         concurry._load_wire()
@@ -7402,78 +7070,7 @@ class FarLimitTests(ProgramCase):
 # === Lifecycle ===
 
 class StopProcessesTests(ProgramCase):
-    """14.1 and 14.2 for processes; rows 17 and 18."""
-
-    def test_what_has_not_begun_is_cancelled(self):
-        for method in START_METHODS:
-            for size in (1, 3):
-                with self.subTest(method, size=size), self.log_of() as logs:
-                    handle = self.start(Patient, mode="process", mp_context=method, max_workers=size)
-                    flag, begun = self.flag(), [self.flag() for _ in range(size)]
-                    running = [handle.wait_for(flag, began) for began in begun]
-                    for began in begun:
-                        began.wait()
-                    pending = [handle.add() for _ in range(2 * size)]
-                    pending[-1].add_done_callback(lambda future, flag=flag: flag.set())     # stop() waits for those that run
-                    stoppers = [threading.Thread(target=handle.stop) for _ in range(3)]
-                    for thread in stoppers:
-                        thread.start()
-                    for thread in stoppers:
-                        thread.join(SAFETY)
-                    self.assertEqual([future.result(0) for future in running], ["waited"] * size)
-                    self.assertTrue(all(future.cancelled() for future in pending))
-                    self.assertRaisesRegex(RuntimeError, "it is stopped", handle.add)
-                    self.assertEqual(handle.get_pool_stats()["stopped"], True)
-                    handle.stop()
-                self.assertIn(f"{2 * size} calls that had not begun were cancelled", logs.output[0])
-
-    def test_what_never_returns_is_killed(self):
-        """Row 18: TERM is ignored, so KILL; within one deadline for the whole pool."""
-        handles = [self.start(Patient, mode="process", mp_context=method, max_workers=3) for method in START_METHODS]
-        pids = [handle.pid().result(SAFETY) for handle in handles for _ in range(3)]
-        flags = [self.flag() for _ in pids]
-        running = [handle.ignore_and_wait(flag) for handle, flag in zip(handles * 3, flags)]
-        for flag in flags:
-            flag.wait()
-        pending = [handle.add() for handle in handles]
-        stoppers = [threading.Thread(target=handle.stop, args=(0.1,)) for handle in handles]
-        for thread in stoppers:
-            thread.start()
-        for thread in stoppers:
-            thread.join(SAFETY)
-        for future in running:
-            self.assertRegex(str(future.exception(0)), r"stopped after 0.1 s")
-            self.assertIs(type(future.exception(0)), WorkerDiedError)
-        self.assertTrue(all(future.done() for future in pending))       # cancelled, unless they were sent ahead
-        self.assertFalse(set(pids) & set(descendants()))
-
-    def test_term_comes_first(self):
-        """A task with a handler for it may clean up."""
-        for method in START_METHODS:
-            with self.subTest(method):
-                handle = self.start(Patient, mode="process", mp_context=method)
-                flag, began = self.flag(), self.flag()
-                future = handle.tidy_on_term(flag, began)
-                began.wait()
-                handle.stop(0)
-                flag.wait()
-                self.assertIs(type(future.exception(0)), WorkerDiedError)
-
-    def test_from_a_callback(self):
-        """Row 17: the reader thread itself stops its pool, which goes on hearing its workers."""
-        for method in START_METHODS:
-            with self.subTest(method):
-                handle = self.start(Patient, mode="process", mp_context=method, max_workers=3)
-                stopped = queue.SimpleQueue()
-                flag, began = self.flag(), self.flag()
-                slow = handle.wait_for(flag, began)
-                began.wait()
-                slow.add_done_callback(lambda future: stopped.put(handle.stop(SAFETY)))
-                others = [handle.add() for _ in range(3)]
-                flag.set()
-                self.assertIsNone(stopped.get(timeout=SAFETY))
-                self.assertTrue(all(future.done() for future in others))
-                self.assertRaises(RuntimeError, handle.add)
+    """14.2 and 14.3 for processes."""
 
     def test_shutdown_finishes(self):
         """14.2."""
@@ -7517,150 +7114,7 @@ class StopProcessesTests(ProgramCase):
                     self.assertTrue(until_gone(future.result(SAFETY)))
 
 
-class ProgramExitTests(ProgramCase):
-    """14.3 and 14.4: how programs end, and what they leave behind. Rows 19 to 23."""
-
-    PARENT = '''
-        import concurry, signal, time
-        class Sleeps(concurry.Worker):
-            def pid(self): return os.getpid()
-            def run(self, code): exec(code)
-        method, size, job = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-        handle = Sleeps.options(mode="process", mp_context=method, max_workers=size).init()
-        pids = [handle.pid().result() for _ in range(size)]
-        server = concurry._fork_servers._server
-        if "keep" in sys.argv:      # a child made behind Python's back, which keeps every descriptor
-            import ctypes
-            parent = os.getpid()
-            if not ctypes.PyDLL(None).fork():        # with the lock: another thread may not have it in the child
-                ctypes.CDLL(None).prctl(1, 9)
-                if os.getppid() == parent:          # else it died before it could take this one along
-                    ctypes.CDLL(None).sleep(60)
-                os._exit(0)
-        calls = [handle.run(job) for _ in range(size)] if job else []
-        print(*pids, *([server.pid] if server else []), flush=True)
-    '''
-    HOLD_GIL = "import ctypes; ctypes.PyDLL(None).sleep(60)"
-
-    def start_parent(self, more, method, job="", size=3, *words, **options):
-        """Run a parent with workers; return (program, the pids of its workers and fork server)."""
-        program = Program(self, textwrap.dedent(self.PARENT) + textwrap.dedent(more), method, str(size), job, *words, **options)
-        pids = [int(word) for word in program.line().split()]
-        self.assertEqual(len(pids), size + (method == "forkserver"))
-        return program, pids
-
-    def check_gone(self, pids):
-        for pid in pids:
-            self.assertTrue(until_gone(pid), pid)
-
-    def test_idle_workers(self):
-        """Row 19."""
-        for method in START_METHODS:
-            program, pids = self.start_parent("", method)
-            self.assertEqual((program.output(), program.popen.returncode), (("", ""), 0), method)
-            self.check_gone(pids)
-
-    def test_pending_calls_are_finished(self):
-        """Row 20, and what is submitted once exit has begun."""
-        code = '''
-            import atexit, threading
-            def late():
-                try: handle.pid()
-                except RuntimeError as error: print(error)
-            atexit.register(late)
-            def work(n): return n * n
-            pool = concurry.Executor("process", 2, mp_context=method, max_queued_tasks=None)
-            first = pool.submit(work, 1)
-            for n in range(20):
-                pool.submit(work, n).add_done_callback(lambda future: sys.stdout.write(f"{future.result()} "))
-            pool.submit(work, first).add_done_callback(lambda future: sys.stdout.write(f"chained {future.result()} "))
-            never = concurry.BaseFuture()
-            waits = pool.submit(work, never)
-            waits.add_done_callback(lambda future: sys.stdout.write(f"cancelled {future.cancelled()} "))
-        '''
-        for method in START_METHODS:
-            with self.subTest(method):
-                program, pids = self.start_parent(code, method, size=1)
-                output, errors = program.output()
-                words, refusal, _ = output.partition("cannot submit")
-                self.assertEqual(sorted(words.split()),
-                                 sorted([str(n * n) for n in range(20)] + "chained 1 cancelled True".split()), errors)
-                self.assertEqual((refusal, errors, program.popen.returncode), ("cannot submit", "", 0))
-                self.check_gone(pids)
-
-    def test_interrupt(self):
-        """Row 21: the whole group or the parent alone; workers have other things to do than to print tracebacks."""
-        code = '''
-            try:
-                with handle:
-                    print("ready", flush=True)
-                    signal.pause() if sys.argv[4] == "pause" else calls[0].result()
-            except KeyboardInterrupt:
-                print("interrupted", [type(call.exception()).__name__ for call in calls])
-        '''
-        for method in START_METHODS:
-            for send, place in ((os.killpg, "pause"), (os.killpg, "result"), (os.kill, "result")):
-                with self.subTest(method, send=send):
-                    program, pids = self.start_parent(code, method, "import time; time.sleep(60)", 2, place, start_new_session=True)
-                    program.line()
-                    send(program.popen.pid, signal.SIGINT)
-                    output, errors = program.output()
-                    self.assertEqual((output, errors, program.popen.returncode),
-                                     ("interrupted ['WorkerDiedError', 'WorkerDiedError']\n", "", 0))
-                    self.check_gone(pids)
-
-    def test_interrupt_while_workers_go_on(self):
-        """Ctrl-C is the parent's business: the workers and the programs that they start do not even notice."""
-        code = '''
-            try:
-                print("ready", flush=True)
-                signal.pause()
-            except KeyboardInterrupt: pass
-            assert [handle.pid().result() for _ in pids] == pids
-            import subprocess
-            print(concurry.Executor("process", 1, mp_context=method).submit(
-                lambda: signal.getsignal(signal.SIGINT) is not signal.SIG_IGN).result())
-        '''
-        for method in START_METHODS:
-            program, pids = self.start_parent(code, method, start_new_session=True)
-            program.line()
-            os.killpg(program.popen.pid, signal.SIGINT)
-            self.assertEqual(program.output(), ("True\n", ""))
-            self.check_gone(pids)
-
-    def check_killed(self, number, job, *words, methods=START_METHODS):
-        parents = [self.start_parent("sys.stdin.readline()", method, job, 3, *words) for method in methods]
-        for program, pids in parents:
-            for pid in pids[:3] if "sleep(60)" in job else ():
-                self.wait_until_asleep(pid)
-            program.popen.send_signal(number)
-        for program, pids in parents:
-            self.assertEqual(program.popen.wait(SAFETY), -number)
-            self.check_gone(pids)
-
-    def wait_until_asleep(self, pid):
-        """Wait until the process is inside sleep(): nothing tells that but the kernel, so this has to look again and again."""
-        with open(f"/proc/{pid}/syscall") as file:
-            while file.read().split()[0] not in ("35", "230", "115", "101"):
-                file.seek(0)
-                os.sched_yield()
-
-    def test_parent_terminated(self):
-        """Row 22."""
-        self.check_killed(signal.SIGTERM, "while True: pass")
-
-    def test_parent_killed_idle_or_busy(self):
-        """Row 23."""
-        self.check_killed(signal.SIGKILL, "")
-        self.check_killed(signal.SIGKILL, "while True: pass")
-
-    def test_parent_killed_in_c(self):
-        self.check_killed(signal.SIGKILL, self.HOLD_GIL)
-
-    def test_parent_killed_descriptors_kept(self):
-        self.check_killed(signal.SIGKILL, "", "keep")
-        self.check_killed(signal.SIGKILL, self.HOLD_GIL, "keep", methods=["forkserver"])     # the server does it
-
+class NestedTests(ProgramCase):
     def test_killed_inner_workers(self):
         """3.10: what is in a worker ends with it; and all with the parent."""
         code = '''
@@ -7685,266 +7139,1134 @@ class ProgramExitTests(ProgramCase):
         self.assertEqual(len(groups), len(START_METHODS) ** 2)
         program.say()
         program.line()
-        self.check_gone(groups[0])
+        check_gone(self, groups[0])
         for group in groups[1:]:
             self.assertLessEqual(set(map(str, group)), set(os.listdir("/proc")))
         program.popen.kill()
-        self.check_gone(sum(groups, []))
+        check_gone(self, sum(groups, []))
 
 
-class AwkwardPlacesTests(ProgramCase):
-    """Rows 25, 26, 29, 31, 34, 36 and 37: submitting, starting and failing where one would rather not."""
+# === Faults: what happens ===
+#
+# Each function brings about one fault in one cell, `case`, and looks at what becomes of it. A cell has a mode,
+# a size (the number of workers), and a method, how processes are started.
 
-    def test_raising_callbacks(self):
-        """Row 29: logged once each; the reader goes on."""
-        for method in START_METHODS:
-            with self.subTest(method), self.log_of(level="ERROR") as logs:
-                handle = self.start(Patient, mode="process", mp_context=method)
-                flag, began = self.flag(), self.flag()
-                future = handle.wait_for(flag, began)
-                began.wait()
-                reached = queue.SimpleQueue()
-                for error in (ValueError, SystemExit, KeyboardInterrupt):
-                    future.add_done_callback(functools.partial(raise_it, error))
-                future.add_done_callback(reached.put)
-                flag.set()
-                self.assertIs(reached.get(timeout=SAFETY), future)
-                self.assertEqual(handle.add().result(SAFETY), 1)
-            self.assertEqual([record.exc_info[0] for record in logs.records], [ValueError, SystemExit, KeyboardInterrupt])
+def a_call(call, error, text="", cause="", deaths=0, check=None):
+    """Return the fault of a call that goes wrong: what its future raises, and that nothing else has happened.
 
-    def test_submit_from_a_callback_to_a_full_pool(self):
-        """Row 36: it is parked, and nobody waits for ever."""
-        for method in START_METHODS:
-            with self.subTest(method):
-                first = self.start(Patient, mode="process", mp_context=method)
-                second = self.start(Patient, mode="process", mp_context=method, max_queued_tasks=1)
-                flag, hold, began, inner = self.flag(), self.flag(), self.flag(), queue.SimpleQueue()
-                busy = second.wait_for(hold, began)                     # the second is full now
-                began.wait()
-                future = first.wait_for(flag)
-                for _ in range(3):
-                    future.add_done_callback(lambda _: inner.put(second.add()))
-                    future.add_done_callback(lambda _: inner.put(first.add()))
-                flag.set()
-                futures = [inner.get(timeout=SAFETY) for _ in range(6)]
-                self.assertFalse(busy.done())
-                hold.set()
-                self.assertEqual(sorted(future.result(SAFETY) for future in futures), [1, 1, 2, 2, 3, 3])
+    `text` and `cause` are patterns (the cause is that of a process), `deaths` is the number of workers that are replaced,
+    `check(error)` tells whether all else is right about the error.
+    """
+    def happens(case):
+        records = case.records()
+        handle = case.make(Patient)
+        before = gather([handle.who() for _ in range(case.size)], timeout=SAFETY)
+        if case.mode == "sync" and error in (KeyboardInterrupt, SystemExit):
+            with case.assertRaises(error):      # in the caller, too, who therefore has no future
+                call(handle)
+        else:
+            future = call(handle)
+            after = [handle.who() for _ in range(case.size)]
+            raised = future.exception(SAFETY)
+            case.assertIs(type(raised), error, raised)
+            case.assertRegex(str(raised), f"(?s){text}")
+            if case.mode == "process":
+                case.assertIn(cause, str(raised.__cause__))
+            case.assertTrue(check is None or check(raised), (raised, raised.__cause__))
+            case.assertEqual(len({*gather(after, timeout=SAFETY)} & {*before}), case.size - deaths)
+        case.check_pool(handle, restarts=deaths)
+        for _ in range(deaths):
+            case.assertIn("state is lost", records.get(timeout=SAFETY).getMessage())
+        case.assertTrue(records.empty())
+    return happens
 
-    def test_submit_from_signal_handlers_and_finalizers(self):
-        """Row 29: at any point in our code; with a full queue too."""
-        self.check_program('''
-            import concurry, gc, signal
-            class Count(concurry.Worker):
-                n = 0
-                def add(self): self.n += 1; return self.n
-            count = Count.options(mode="process", max_queued_tasks=2).init()
-            inside, rounds = [], 0
-            class Dies:
-                def __del__(self): inside.append(count.add())
-            signal.signal(signal.SIGUSR1, lambda *_: inside.append(count.add()))
-            def trace(frame, event, argument):      # at every 7th line of ours
-                global rounds
-                if frame.f_globals is vars(concurry) and event == "line":
-                    rounds += 1
-                    if rounds % 7 == 0 and len(inside) < 300:
-                        signal.raise_signal(signal.SIGUSR1)
-                    elif rounds % 11 == 0 and len(inside) < 300:
-                        Dies()
-                return trace
-            sys.settrace(trace)
-            futures = [count.add() for _ in range(40)]
-            results = [future.result() for future in futures]
-            sys.settrace(None)
-            results += [future.result() for future in inside]
-            print(len(inside) >= 100, sorted(results) == list(range(1, len(results) + 1)))
-            count.stop()
-        ''', "True True\n")
 
-    def test_start_from_finalizers(self):
-        """A `__del__` that starts workers, in the middle of the start of another one."""
-        self.check_program('''
-            import concurry, gc
-            made = []
-            class Cycle:
-                def __del__(self):
-                    if len(made) < 5: made.append(concurry.Executor("process", 1))
-            def trace(frame, event, argument):
-                global rounds
-                if frame.f_globals is vars(concurry) and event == "line" and len(made) < 5:
-                    rounds += 1
-                    if rounds % 10 == 0:
-                        cycle = Cycle(); cycle.me = cycle; del cycle; gc.collect()
-                return trace
-            rounds = 0
-            sys.settrace(trace)
-            made.append(concurry.Executor("process", 1))
-            sys.settrace(None)
-            print(len(made), [pool.submit(int).result() for pool in made])
-        ''', "6 [0, 0, 0, 0, 0, 0]\n")
+def an_idle_worker_is_killed(case):
+    with case.log_of() as logs:
+        handle = case.make(Patient)
+        pids = [handle.pid().result(SAFETY) for _ in range(case.size)]
+        os.kill(pids[0], 9)
+        case.assertTrue(until_gone(pids[0]))
+        later = {handle.pid().result(SAFETY) for _ in range(2 * case.size)}
+        case.assertEqual((len(later), len(later & set(pids))), (case.size, case.size - 1))
+        case.check_pool(handle, restarts=1)
+    case.assertRegex(logs.output[0], f"Patient-0.*{pids[0]}.*state is lost")
 
-    def test_threads_that_hold_locks(self):
-        """Row 25: logging's and the import lock are held by other threads while workers start."""
-        self.check_program('''
-            import concurry, importlib, io, logging, threading
-            logging.basicConfig(stream=io.StringIO())
-            go_on, held = threading.Event(), threading.Barrier(3)
-            def hold(lock):
-                with lock:
-                    held.wait()
-                    go_on.wait()
-            locks = [logging._lock, logging.root.handlers[0].lock]
-            threads = [threading.Thread(target=hold, args=(lock,)) for lock in locks]
-            for thread in threads: thread.start()
+
+def killed_while_a_call_is_received(case):
+    with case.log_of() as logs:
+        handle = case.make(Patient)
+        handle.die_at(Moment("recv_into", 1)).result(SAFETY)
+        futures = [handle.give(bytearray(1 << 20)) for _ in range(case.size)]
+        case.assertEqual([future.result(SAFETY) for future in futures], [1] * case.size)
+        case.check_pool(handle, restarts=1)
+    case.assertRegex(logs.output[0], "state is lost")
+
+
+def killed_between_any_two_messages(case):
+    """A worker has been sent five calls, and dies before or after it has received a part of one, or answered it."""
+    parts = [("recv", 10), ("sendall", 5)]          # of each message the header is received, then the rest
+    moments = [Moment(method, n + 1, after) for method, times in parts for n in range(times) for after in (False, True)]
+    pool = {n: case.make(Patient, max_queued_tasks=None, crash_retries=n) for n in (0, 1)}
+    case.records()
+    for crash_retries, moment in itertools.product((0, 1), case.some(moments)):
+        handle, path = pool[crash_retries], os.path.join(case.folder(), "log")
+        pids = [handle.pid().result(SAFETY) for _ in range(2 * case.size)]
+        handle.die_at(moment).result(SAFETY)                # the first one; it is known to be quick, as they all are
+        gather([handle.pid() for _ in range(case.size - 1)])
+        with contextlib.suppress(ProcessLookupError):       # at the first moment it is dead already
+            os.kill(pids[0], signal.SIGSTOP)
+        futures = [handle.note(path, n) for n in range(5 * case.size)]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[0], signal.SIGCONT)
+        # A call that was received as a whole had begun.
+        has_begun = moment.after and moment.times % 2 == 0 if moment.method == "recv" else not moment.after
+        which = case.size * ((moment.times - 1) // 2 if moment.method == "recv" else moment.times - 1)
+        log, fails = collections.Counter(), has_begun and not crash_retries
+        for n, future in enumerate(futures):
+            error = future.exception(SAFETY)
+            case.assertEqual((type(error), getattr(error, "started", None)),
+                             (WorkerDiedError, True) if fails and n == which else (type(None), None), (moment, n, error))
+            log.update({f"b{n}": 1, f"e{n}": 1})
+        if has_begun:
+            times = (moment.method == "sendall") + crash_retries
+            log.update({f"b{which}": times - 1, f"e{which}": times - 1})
+        case.assertEqual(collections.Counter(open_and_read(path).split()), +log, moment)
+    for handle in pool.values():
+        case.check_pool(handle, restarts=len(case.some(moments)))
+
+
+def run_again_after_a_crash(case):
+    """`crash_retries`: on a new worker, from its beginning, so often at most; then the error lists every death."""
+    with case.log_of():
+        handle = case.make(Patient, crash_retries=2, num_retries=5, retry_on=[WorkerDiedError], max_queued_tasks=None)
+        path = os.path.join(case.folder(), "deaths")
+        behind = [handle.exit_until(path, 2), *(handle.add() for _ in range(case.size))]
+        case.assertEqual(behind[0].result(SAFETY), "survived")
+        case.assertEqual(sum(future.result(SAFETY) for future in behind[1:]), case.size)
+        case.assertEqual(open_and_read(path), "xxx")
+        error = handle.exit_until(path, 100).exception(SAFETY)
+        case.assertEqual((type(error), error.started, error.exitcode, len(error.deaths)), (WorkerDiedError, True, 3, 3))
+        for worker, pid, exitcode in error.deaths:
+            case.assertIn(f"{worker} (pid {pid})", str(error))
+            case.assertEqual(exitcode, 3)
+        case.assertEqual((error.worker, error.pid, error.exitcode), error.deaths[-1])
+        case.assertEqual(len(open_and_read(path)), 6)
+        case.check_pool(handle, restarts=5)
+        # Who cannot be run again, for no worker can be started any more, has begun all the same.
+        error = case.make(Fragile, 6, path, 7, max_workers=1, crash_retries=2).exit().exception(SAFETY)
+        case.assertEqual((error.started, [code for *_, code in error.deaths], error.__cause__.exitcode, error.__cause__.started),
+                         (True, [5], 6, False))
+
+
+def garbage_from_a_worker(case):
+    """Messages that are too large, of a kind there is not, cut off, or of strange content end that worker, and no other."""
+    pack, kinds = concurry._HEADER.pack, (concurry._RETURNED, concurry._RAISED, concurry._TICKET, concurry._NOT_BUILT)
+    strange = [b"".join(concurry._message(kind, (data, []))) for kind in kinds for data in (
+        b"", b"\x80\x05garbage", pickle.dumps(1), pickle.dumps((1, 2, 3)), pickle.dumps(FailsWhenLoaded(os.getpid())))]
+    garbage = [b"", b"\x00", b"\x00" * 40, b"\xff" * 100, pack(concurry._RETURNED, 0, 0, 1 << 60), pack(99, 0, 0, 3) + b"abc",
+               pack(concurry._RETURNED, 9, 0, 3) + b"abc", pack(concurry._RETURNED, 1, 0, 0) + b"\xff" * 8,
+               pack(concurry._RETURNED, 0, 0, 1 << 40), *strange, *(message * 3 for message in strange)]
+    handle, other = case.make(Patient, max_queued_tasks=None), case.make(Patient)
+    case.records()
+    for each in case.some(garbage):
+        future = handle.send_garbage(each)
+        others = [handle.add(0) for _ in range(case.size)]
+        error = future.exception(SAFETY)            # some of it is an answer
+        case.assertIsInstance(error, (type(None), WorkerDiedError, RemoteError, pickle.PicklingError), each)
+        gather(others, return_exceptions=True, timeout=SAFETY)      # it may have answered those that it had, too
+        case.assertEqual(other.add(0).result(SAFETY), 0)
+    case.check_pool(handle)
+    case.check_pool(other, restarts=0)
+
+
+def a_constructor_raises(case):
+    for error in (KeyError("k"), OwnInterrupt("own"), FileNotFoundError(2, "no", "file")):
+        with case.assertRaises(type(error)) as caught:
+            case.make(Fragile, error)
+        case.assertEqual(caught.exception.args, error.args)
+        if case.mode == "process":
+            case.assertIn("in __init__", str(caught.exception.__cause__))
+    if case.size > 1:
+        with case.assertRaisesRegex(ValueError, "the last"):
+            case.make(Fragile, ValueError("the last"), os.path.join(case.folder(), "starts"), case.size - 1)
+
+
+def a_constructor_exits(case):
+    """It is told at once, and not tried again and again."""
+    path = os.path.join(case.folder(), "starts")
+    for how, text in ((7, "exit code 7.*before it was built"), (SystemExit(8), "constructor.*SystemExit.8"))[case.mode != "process":]:
+        with case.assertRaisesRegex(WorkerDiedError, text) as caught:
+            case.make(Fragile, how, path, 0)
+        case.assertIs(caught.exception.started, False)
+    case.assertLessEqual(len(open_and_read(path)), 2 * case.size)
+
+
+def no_replacement_starts(case):
+    """After three starts in a row the worker is given up: all that is pending or comes fails, or goes to the others."""
+    for how, kind, text in ((KeyError("again"), KeyError, "again"), (6, WorkerDiedError, "exit code 6")):
+        with case.log_of() as logs:
+            path = os.path.join(case.folder(), "starts")
+            handle = case.make(Fragile, how, path, case.size)
+            killed, pending = handle.exit(), [handle.pid() for _ in range(3 * case.size)]
+            case.assertEqual(killed.exception(SAFETY).exitcode, 5)
+            if case.size == 1:
+                for future in pending + [handle.pid()]:
+                    case.assertIsInstance(future.exception(SAFETY), kind)
+                    case.assertRegex(str(future.exception()), text)
+                    case.assertIn(getattr(future.exception(), "started", False), (False,))
+            else:
+                case.assertEqual(len({future.result(SAFETY) for future in pending}), case.size - 1)
+            case.assertEqual(len(open_and_read(path)), case.size + 3)
+            case.assertEqual(handle.get_pool_stats()["total_workers"], case.size - 1)
+        case.assertTrue(any("state is lost" in line for line in logs.output))
+
+
+def a_call_kills_each_worker(case):
+    """That is charged to the calls, and no worker is given up for it."""
+    with case.log_of():
+        handle = case.make(Patient, max_queued_tasks=None)
+        futures = [handle.exit(n) for n in range(5 * case.size)]
+        case.assertEqual([future.exception(SAFETY).exitcode for future in futures], list(range(5 * case.size)))
+        case.check_pool(handle, restarts=5 * case.size)
+
+
+def killed_while_it_holds_limits(case):
+    """The slot is free, what the rate had granted counts as used; who waits for it gets it."""
+    for update, used in ((False, 10), (True, 1)):
+        with case.log_of():
+            limits, started, go = slots_and_tokens(1), case.flag(), case.flag()
+            pool = case.make(Mortal, limits=limits)
+            pids = [pool.pid().result(SAFETY) for _ in range(case.size)]
+            held = pool.hold(started, go, update)
+            started.wait()
+            until(lambda: in_use(limits) == {"slots": 1, "tokens": used})
+            waiting = in_thread(lambda: limits.acquire(timeout=SAFETY).release())
+            until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+            os.kill(pids[0], 9)
+            case.assertIsInstance(held.exception(SAFETY), WorkerDiedError)
+            waiting.result(SAFETY)
+            case.assertEqual(in_use(limits), {"slots": 0, "tokens": used})
+            go.set()
+            pool.use().result(SAFETY)
+            case.check_pool(pool, restarts=1)
+
+
+def killed_while_it_asks_for_limits(case):
+    """While it asks, waits for the verdict, corrects, gives back. Nobody else is affected."""
+    moments = [Moment("sendall", n, after) for n in (1, 2, 3, 4) for after in (False, True)] + [Moment("acquire", 2)]
+    limits = slots_and_tokens(1)
+    with case.log_of() as logs:
+        pool, other = (case.make(Mortal, limits=limits, max_queued_tasks=None) for _ in range(2))
+        for moment in case.some(moments):
+            pool.die_at(moment).result(SAFETY)
+            # It is a call of that worker's, but for the last moment not always its first.
+            ended = [future.exception(SAFETY) for future in [pool.use() for _ in range(2 * case.size + 1)] + [other.use()]]
+            deaths = [error for error in ended if error is not None]
+            case.assertLessEqual(len(deaths), 1, deaths)
+            case.assertEqual({type(error) for error in deaths} - {WorkerDiedError}, set())
+            case.assertEqual((in_use(limits)["slots"], limits.get_stats()["slots"]["waiting"]), (0, 0))
+            case.assertEqual(limits._home.held, {})
+        case.check_pool(pool)
+        case.check_pool(other, restarts=0)
+    case.assertGreater(len(logs.output), 1)
+
+
+def killed_while_it_waits_for_limits(case):
+    limits, started, go = slots_and_tokens(1), case.flag(), case.flag()
+    pool, other = (case.make(Mortal, limits=limits) for _ in range(2))
+    pid = pool.pid().result(SAFETY)
+    gather([pool.pid() for _ in range(case.size - 1)])
+    with case.log_of(), limits.acquire():
+        doomed = pool.hold(started, go)
+        until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+        behind = other.hold(started, go)
+        until(lambda: limits.get_stats()["slots"]["waiting"] == 2)
+        os.kill(pid, 9)
+        case.assertIsInstance(doomed.exception(SAFETY), WorkerDiedError)
+        until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+    started.wait()
+    go.set()
+    behind.result(SAFETY)
+    case.check_pool(pool, restarts=1)
+
+
+def killed_again_and_again_while_limits_are_used(case):
+    """Never more than the capacity inside; at the end nothing is in use."""
+    path, limits = os.path.join(case.folder(), "log"), LimitSet([ResourceLimit("slots", 1), CallLimit(10 ** 6, 3600)])
+    pool = case.make(Logger, path, max_workers=case.size + 1, max_queued_tasks=None, limits=limits)
+    rng, deaths, size = random.Random(8), 0, case.size + 1
+    with case.log_of():
+        for _ in range(25 if case.is_whole else 8):
+            pids = [pool.pid().result(SAFETY) for _ in range(size)]
+            futures = [pool.work(100) for _ in range(size)]
+            goal = limits.get_stats()["call_count"]["granted"] + rng.randint(1, 60)
+            until(lambda: limits.get_stats()["call_count"]["granted"] >= goal or all(future.done() for future in futures))
+            os.kill(rng.choice(pids), rng.choice([9, 15]))
+            deaths += sum(isinstance(future.exception(SAFETY), WorkerDiedError) for future in futures)
+    case.assertGreater(deaths, 1)
+    pool.work(1).result(SAFETY)
+    case.assertEqual(in_use(limits)["slots"], 0)
+    # Who was killed inside wrote no end: the next one begins where it should have been.
+    letters = open_and_read(path)
+    case.assertNotIn("--", letters)
+    case.assertLessEqual(letters.count("+") - letters.count("-"), deaths)
+
+
+def a_pending_call_is_cancelled(case):
+    """Behind a slow call everything can be, and its place is free at once."""
+    handle = case.make(Patient, **({} if case.mode == "asyncio" else {"max_queued_tasks": 3}))
+    flag, begun = case.flag(), [case.flag() for _ in range(case.size)]
+    running = [handle.wait_for(flag, began) for began in begun]
+    for began in begun:
+        began.wait()
+    told = queue.SimpleQueue()
+    pending = [handle.add() for _ in range(2 * case.size)]
+    for future in pending:
+        future.add_done_callback(told.put)
+    case.assertEqual([future.cancel() for future in pending], [True] * len(pending))
+    case.assertEqual({told.get(timeout=SAFETY) for _ in pending}, set(pending))
+    case.assertEqual([future.cancel() for future in running], [False] * case.size)
+    case.assertTrue(all(future.running() for future in running))
+    again = [handle.add(10) for _ in range(2 * case.size)]
+    flag.set()
+    case.assertEqual([future.result(SAFETY) for future in running], ["waited"] * case.size)
+    case.assertEqual(sum(future.result(SAFETY) for future in again), 30 * case.size)        # none of them ran
+    case.check_pool(handle, restarts=0)
+
+
+def cancel_races_with_the_result(case):
+    """One winner: what was cancelled never ran, the rest is done."""
+    handle = case.make(Patient, max_queued_tasks=None)
+    cancelled = 0
+    for _ in range(20):
+        futures = [handle.add() for _ in range(30)]
+        now = [future.cancel() for future in reversed(futures)]
+        done, pending = concurrent.futures.wait(futures, SAFETY)
+        case.assertEqual((len(done), sum(future.cancelled() for future in futures)), (30, sum(now)))
+        cancelled += sum(now)
+    ran = sum(handle.add(0).result(SAFETY) for _ in range(case.size))
+    case.assertEqual(ran, 600 - cancelled)
+    case.check_pool(handle, restarts=0)
+
+
+def stopped_with_calls_queued_and_running(case):
+    """By three threads at once. What runs ends, what has not begun is cancelled, and told."""
+    with case.log_of() as logs:
+        handle = case.make(Patient)
+        flag, begun = case.flag(), [case.flag() for _ in range(case.size)]
+        running = [handle.wait_for(flag, began) for began in begun]
+        for began in begun:
+            began.wait()
+        pending = [handle.add() for _ in range(2 * case.size)]
+        pending[-1].add_done_callback(lambda future: flag.set())        # stop() waits for those that run
+        gather([in_thread(handle.stop) for _ in range(3)], timeout=SAFETY)
+        case.assertEqual([future.result(0) for future in running], ["waited"] * case.size)
+        case.assertTrue(all(future.cancelled() for future in pending))
+        case.assertRaisesRegex(RuntimeError, "it is stopped", handle.add)
+        case.assertEqual(handle.get_pool_stats()["stopped"], True)
+        handle.stop()
+    case.assertIn(f"{2 * case.size} calls that had not begun were cancelled", logs.output[0])
+
+
+def stopped_by_a_done_callback(case):
+    """In a thread of ours, which goes on with its work while it waits."""
+    handle = case.make(Patient)
+    stopped, flag, began = queue.SimpleQueue(), case.flag(), case.flag()
+    if case.mode == "sync":
+        flag.set()
+    slow = handle.wait_for(flag, began)
+    began.wait()
+    slow.add_done_callback(lambda future: stopped.put(handle.stop(SAFETY)))
+    others = [] if case.mode == "sync" else [handle.add() for _ in range(3)]
+    flag.set()
+    case.assertIsNone(stopped.get(timeout=SAFETY))
+    case.assertTrue(all(future.done() for future in others))
+    case.assertRaises(RuntimeError, handle.add)
+
+
+def stopped_by_a_call_of_its_own(case):
+    for end in ("stop", "shutdown", "close"):
+        pool = case.make(TaskWorker)
+
+        async def coroutine():
+            return getattr(pool, end)()
+        for task in (lambda: getattr(pool, end)(), coroutine):
+            pool = case.make(TaskWorker)
+            future = pool.submit(task)
+            case.assertEqual(concurry.wait([future], SAFETY).not_done, set())
+            case.assertTrue(future.cancelled() or future.result(0) is None)
+            case.assertRaises(RuntimeError, pool.submit, square, 1)
+
+
+def stopped_while_a_call_never_returns(case):
+    """TERM is ignored, so KILL; a coroutine is cancelled; a thread is left to itself, and that is said."""
+    handle = case.make(Patient)
+    begun, never = [case.flag() for _ in range(case.size)], case.flag()
+    pids = [handle.pid().result(SAFETY) for _ in range(case.size)] if case.mode == "process" else []
+    call = {"process": handle.ignore_and_wait, "asyncio": handle.wait_for_ever,
+            "thread": lambda began: handle.wait_for(never, began)}[case.mode]
+    running = [call(began) for began in begun]
+    for began in begun:
+        began.wait()
+    pending = [handle.add() for _ in range(case.size)] if case.mode != "asyncio" else []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        case.records()
+        handle.stop(0.05)
+    case.assertEqual(len([1 for warning in caught if warning.category is ResourceWarning and "stopped" in str(warning.message)]),
+                     case.mode == "thread")
+    for future in running if case.mode != "asyncio" else []:
+        case.assertRegex(str(future.exception(0)), r"stopped after 0.05 s, in the middle of this call")
+        case.assertIs(future.exception(0).started, True)
+    for future in pending:
+        case.assertTrue(future.cancelled() or future.exception(0).started is False)     # it may have been sent ahead
+    case.assertTrue(all(future.done() for future in running))
+    case.assertFalse(set(pids) & set(descendants()))
+    never.set()
+
+
+def stopped_while_a_call_cleans_up(case):
+    """A handler of TERM may end the process, raise SystemExit, or let the call return: then that is its result."""
+    for how in ("tidy", "exit", "return"):
+        handle, begun, tidied = case.make(Patient), [case.flag() for _ in range(case.size)], case.flag()
+        futures = [handle.on_term(began, how, tidied) for began in begun]
+        for began in begun:
+            began.wait()
+        handle.stop(0)
+        for future in futures:
+            if how == "return":
+                case.assertEqual(future.result(0), "cleaned up")
+            else:
+                case.assertIs(type(future.exception(0)), WorkerDiedError)
+                case.assertTrue(future.exception(0).started)
+        if how == "tidy":
+            tidied.wait()
+
+
+def submitters_wait_behind_a_death(case):
+    """The queue drains on the new worker, once; blocked submitters wake."""
+    with case.log_of():
+        handle = case.make(Patient, max_queued_tasks=2)
+        flag, begun = case.flag(), [case.flag() for _ in range(case.size)]
+        doomed = [handle.kill_when(flag, began) for began in begun]
+        for began in begun:
+            began.wait()
+        queued = [handle.add(0) for _ in range(case.size)]
+        submitting = [in_thread(handle.add, 0) for _ in range(4 * case.size)]
+        flag.set()
+        case.assertEqual({type(future.exception(SAFETY)) for future in doomed}, {WorkerDiedError})
+        case.assertEqual({future.result(SAFETY) for future in queued + gather(submitting, timeout=SAFETY)}, {0})
+        case.check_pool(handle, restarts=case.size)
+
+
+# Programs with workers, which end in some way
+
+PARENT = '''
+    import concurry, signal, time
+    class Sleeps(concurry.Worker):
+        def pid(self): return os.getpid()
+        def run(self, code): exec(code)
+    mode, size, method, job = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    handle = Sleeps.options(mode=mode, mp_context=method, max_workers=size).init()
+    pids = [handle.pid().result() for _ in range(size)] if mode == "process" else []
+    server = concurry._fork_servers._server
+    if "keep" in sys.argv:      # a child made behind Python's back, which keeps every descriptor
+        import ctypes
+        parent = os.getpid()
+        if not ctypes.PyDLL(None).fork():        # with the lock: another thread may not have it in the child
+            ctypes.CDLL(None).prctl(1, 9)
+            if os.getppid() == parent:          # else it died before it could take this one along
+                ctypes.CDLL(None).sleep(60)
+            os._exit(0)
+    calls = [handle.run(job) for _ in range(size)] if job else []
+    print(*pids, *([server.pid] if server else []), flush=True)
+'''
+HOLD_GIL = "import ctypes; ctypes.PyDLL(None).sleep(60)"
+
+
+def start_parent(case, more, job="", *words, **options):
+    """Run a parent with the workers of a cell; return (program, the pids of its processes)."""
+    code = textwrap.dedent(PARENT) + textwrap.dedent(more)
+    program = Program(case, code, case.mode, str(case.size), case.method or "spawn", job, *words, **options)
+    pids = program.numbers()
+    case.assertEqual(len(pids), case.size + (case.method == "forkserver") if case.mode == "process" else 0)
+    return program, pids
+
+
+def check_gone(case, pids):
+    for pid in pids:
+        case.assertTrue(until_gone(pid), pid)
+
+
+def exit_with_idle_workers(case):
+    program, pids = start_parent(case, "")
+    case.assertEqual((program.output(), program.popen.returncode), (("", ""), 0))
+    check_gone(case, pids)
+
+
+def exit_with_pending_calls(case):
+    """They are finished; what is submitted once exit has begun is refused, what waits for a stranger's future is cancelled."""
+    program, pids = start_parent(case, '''
+        import atexit, threading
+        def late():
+            try: handle.pid()
+            except RuntimeError as error: print(error)
+        atexit.register(late)
+        def work(n): return n * n
+        options = {} if mode in ("sync", "asyncio") else {"max_workers": size, "max_queued_tasks": None}
+        pool = concurry.TaskWorker.options(mode=mode, mp_context=method, **options).init()
+        first = pool.submit(work, 1)
+        for n in range(20):
+            pool.submit(work, n).add_done_callback(lambda future: sys.stdout.write(f"{future.result()} "))
+        pool.submit(work, first).add_done_callback(lambda future: sys.stdout.write(f"chained {future.result()} "))
+        never = concurry.BaseFuture()
+        waits = pool.submit(work, never)
+        waits.add_done_callback(lambda future: sys.stdout.write(f"cancelled {future.cancelled()} "))
+    ''')
+    output, errors = program.output()
+    words, refusal, _ = output.partition("cannot submit")
+    case.assertEqual(sorted(words.split()), sorted([str(n * n) for n in range(20)] + "chained 1 cancelled True".split()), errors)
+    case.assertEqual((refusal, errors, program.popen.returncode), ("cannot submit", "", 0))
+    check_gone(case, pids)
+
+
+def interrupted(case):
+    """The whole group or the parent alone; workers have other things to do than to print tracebacks."""
+    code = '''
+        try:
+            with handle:
+                calls = [handle.run("import time; print('begun', flush=True); time.sleep(60)") for _ in range(size)]
+                signal.pause() if sys.argv[5] == "pause" else calls[0].result()
+        except KeyboardInterrupt:
+            print("interrupted", {type(call.exception()).__name__ for call in calls}, flush=True)
+    '''
+    for send, place in ((os.killpg, "pause"), (os.killpg, "result"), (os.kill, "result")):
+        program, pids = start_parent(case, code, "", place, start_new_session=True)
+        for _ in range(case.size):
+            case.assertEqual(program.line(), "begun")
+        wait_until_asleep(program.popen.pid)    # a signal just before would not wake it: so it is in CPython
+        send(program.popen.pid, signal.SIGINT)
+        case.assertEqual((*program.output(), program.popen.returncode), ("interrupted {'WorkerDiedError'}\n", "", 0))
+        check_gone(case, pids)
+
+
+def interrupted_and_going_on(case):
+    """Ctrl-C is the parent's business: the workers and the programs that they start do not even notice."""
+    program, pids = start_parent(case, '''
+        try:
+            print("ready", flush=True)
+            signal.pause()
+        except KeyboardInterrupt: pass
+        assert [handle.pid().result() for _ in pids] == pids
+        print(concurry.Executor("process", 1, mp_context=method).submit(
+            lambda: signal.getsignal(signal.SIGINT) is not signal.SIG_IGN).result())
+    ''', start_new_session=True)
+    program.line()
+    os.killpg(program.popen.pid, signal.SIGINT)
+    case.assertEqual(program.output(), ("True\n", ""))
+    check_gone(case, pids)
+
+
+def the_parent_dies(number, job="", *words):
+    """Return the fault of a parent that gets a signal while its workers do this."""
+    def happens(case):
+        if "keep" in words and job and case.method != "forkserver":
+            return                      # nobody is left who could end the worker
+        program, pids = start_parent(case, "sys.stdin.readline()", job, *words)
+        for pid in pids[:case.size] if job == HOLD_GIL else ():
+            wait_until_asleep(pid)
+        program.popen.send_signal(number)
+        case.assertEqual(program.popen.wait(SAFETY), -number)
+        check_gone(case, pids)
+    return happens
+
+
+def wait_until_asleep(pid):
+    """Wait until a process's main thread sleeps for good: nothing tells that but the kernel, so this looks again and again."""
+    with open(f"/proc/{pid}/syscall") as file:
+        looks = []
+        while len(looks) < 20 or {*looks[-20:]} != {looks[-1]} or looks[-1] == "running":
+            file.seek(0)
+            looks.append(file.read().split()[0])
+            threading.Event().wait(0.001)
+
+
+# Awkward places to submit, to start, to fail
+
+def a_program(code, expected="passed\n"):
+    """Return the fault of a program that gets mode, size and method, and has to print this and nothing else."""
+    def happens(case):
+        case.check_program(code, expected, case.mode, str(case.size), case.method or "spawn", case.folder(),
+                           head=HEAD + "mode, size, method, folder = sys.argv[1], int(sys.argv[2]), *sys.argv[3:5]\n")
+    return happens
+
+
+threads_hold_locks = a_program('''
+    import concurry, importlib, io, logging, threading
+    logging.basicConfig(stream=io.StringIO())
+    go_on, held = threading.Event(), threading.Barrier(3)
+    def hold(lock):
+        with lock:
             held.wait()
-            def log():
-                logging.getLogger("x").setLevel("ERROR")
-                import json.tool
-                return "logged"
-            for method in ("forkserver", "spawn"):
-                with concurry.Executor("process", 2, mp_context=method) as pool:
-                    print(pool.submit(log).result())
-            go_on.set()
-        ''', "logged\n" * 2)
+            go_on.wait()
+    locks = [logging._lock, logging.root.handlers[0].lock]
+    threads = [threading.Thread(target=hold, args=(lock,)) for lock in locks]
+    for thread in threads: thread.start()
+    held.wait()
+    def log():
+        logging.getLogger("x").setLevel("ERROR")
+        import json.tool
+        return "passed"
+    if method == "fork": go_on.set()                # it is no default, for the locks are held in the child
+    with concurry.Executor("process", size, mp_context=method) as pool:
+        print(pool.submit(log).result())
+    go_on.set()
+''')
 
-    def test_pools_inside_workers(self):
-        """Row 26 and 3.10: in every mode, and in daemonic processes of multiprocessing."""
-        self.check_program('''
-            import concurry, multiprocessing
-            def square_all(mode):
-                with concurry.Executor(mode, None if mode in ("sync", "asyncio") else 2) as pool:
-                    return list(pool.map(lambda n: n * n, range(4)))
-            for method in sys.argv[1:]:
-                with concurry.Executor("process", 2, mp_context=method) as outer:
-                    modes = ["sync", "thread", "asyncio", "process"]
-                    assert list(outer.map(square_all, modes)) == [[0, 1, 4, 9]] * 4
-                    nested = outer.submit(lambda: concurry.Executor("process", 1).submit(square_all, "process").result())
-                    assert nested.result() == [0, 1, 4, 9]
-            here, there = multiprocessing.Pipe()
-            process = multiprocessing.get_context("fork").Process(
-                target=lambda: there.send(square_all("process")), daemon=True)
-            process.start()
-            print(here.recv())
-            process.join()
-        ''', "[0, 1, 4, 9]\n", *START_METHODS)
+pools_inside_workers = a_program('''
+    import concurry, multiprocessing
+    def square_all(mode):
+        with concurry.Executor(mode, None if mode in ("sync", "asyncio") else 2) as pool:
+            return list(pool.map(lambda n: n * n, range(4)))
+    with concurry.Executor("process", size, mp_context=method) as outer:
+        modes = ["sync", "thread", "asyncio", "process"]
+        assert list(outer.map(square_all, modes)) == [[0, 1, 4, 9]] * 4
+        nested = outer.submit(lambda: concurry.Executor("process", 1).submit(square_all, "process").result())
+        assert nested.result() == [0, 1, 4, 9]
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: there.send(square_all("process")), daemon=True)
+    process.start()
+    assert here.recv() == [0, 1, 4, 9]
+    process.join()
+    print("passed")
+''')
 
-    def test_reader_fails(self):
-        """Row 31: never silent; every future fails with the cause, later calls too; a new pool works."""
-        self.check_program('''
-            import concurry, logging
-            logging.disable(logging.CRITICAL)
-            def work(n): return n
-            for method in sys.argv[1:]:
-                pools = [concurry.Executor("process", size, mp_context=method) for size in (1, 3)]
-                running = [pool.submit(sys.stdin.fileno) for pool in pools]
-                concurry.wait(running)
-                read, write = os.pipe()
-                os.set_inheritable(read, True)
-                slow = [pool.submit(__import__("time").sleep, 60) for pool in pools]
-                queued = [pool.submit(work, 1) for pool in pools for _ in range(4)]
-                parked = pools[0].submit(work, concurry.BaseFuture())
-                def fail(): raise MemoryError("no more")
-                reader = concurry._readers[os.getpid()]
-                reader.post(fail)
-                for future in slow + queued[:1]:
-                    error = future.exception()
-                    assert isinstance(error, (MemoryError, concurry.WorkerDiedError)) and "no more" in str(error), error
-                reader.thread.join()
-                assert all(future.done() for future in queued)
-                for pool in pools:
-                    error = None
-                    try: error = pool.submit(work, 1).exception()
-                    except Exception as raised: error = raised
-                    assert "no more" in str(error), error
-                with concurry.Executor("process", 1, mp_context=method) as pool: assert pool.submit(work, 5).result() == 5
-                for pool in pools: pool.stop()
-                assert parked.done()
-                os.close(read), os.close(write)
-            print("passed")
-        ''', "passed\n", *START_METHODS)
 
-    def test_module_that_makes_a_pool_when_imported(self):
-        """Row 34: refused, and no storm; the module itself can be used by its importer."""
-        folder = self.folder()
-        self.write(folder, storm='''
-            import os, concurry
-            with open(os.environ["TRACE"], "a") as file: file.write("x")
-            pool = concurry.Executor("process", 1, mp_context=os.environ["METHOD"])
-            class W(concurry.Worker):
-                def go(self): return 1
-            def function(): return 1
-        ''')
-        code = '''
-            sys.path.append(sys.argv[1])
-            import concurry, storm
-            method = os.environ["METHOD"]
-            try:
-                with storm.W.options(mode="process", mp_context=method).init() as worker: print(worker.go().result())
-            except RuntimeError as error: print("storm" in str(error), type(error).__name__.count("Died"))
-            with concurry.Executor("process", 1, mp_context=method) as pool:
-                for fn in (storm.function, int):
-                    error = pool.submit(fn).exception()
-                    print(error and (isinstance(error, RuntimeError), "storm" in str(error)))
-            storm.pool.stop()
-        '''
-        for method in START_METHODS:
-            with self.subTest(method):
-                trace = os.path.join(folder, method)
-                program = Program(self, code, folder, env={**os.environ, "METHOD": method, "TRACE": trace})
-                output, errors = program.output()
-                # A forked worker has the module already.
-                expected = "1\nNone\nNone\n" if method == "fork" else "True 0\n(True, True)\nNone\n"
-                self.assertEqual((output, program.popen.returncode), (expected, 0), errors)
-                self.assertEqual(len(open_and_read(trace)), 1 if method == "fork" else 3)
+def no_main_guard(case):
+    """However the program is run; its main module is not run again."""
+    code = '''
+        print("once")
+        import concurry
+        class Mine:
+            def __init__(self, n): self.n = n
+        class Tally(concurry.Worker):
+            def add(self, mine): return Mine(mine.n + K)
+        K = 5
+        with Tally.options(mode="process", mp_context=sys.argv[-1], max_workers=int(sys.argv[-2])).init() as tally:
+            assert type(tally.add(Mine(1)).result()) is Mine
+        with concurry.Executor("process", 2, mp_context=sys.argv[-1]) as pool:
+            print(list(pool.map(lambda x: x * K, range(3))))
+    '''
+    for way in ("-c", "file", "stdin"):
+        case.check_program(code, "once\n[0, 5, 10]\n", str(case.size), case.method, way=way)
 
-    def test_fork_in_the_users_code(self):
-        """Row 37 and 14.6."""
-        self.check_program('''
-            import concurry, signal, warnings
-            warnings.simplefilter('ignore', DeprecationWarning)         # of fork() beside threads
-            class Slow(concurry.Worker):
-                def go(self, fifo):
-                    return os.read(os.open(fifo, os.O_RDONLY), 1)
-                def fast(self): return os.getpid()
-            fifo = sys.argv[1] + "/fifo"
-            os.mkfifo(fifo)
-            keeper = os.open(fifo, os.O_RDWR)
-            methods = sys.argv[2:]
-            handles = [Slow.options(mode="process", mp_context=method, max_workers=size).init() for method in methods for size in (1, 3)]
-            pids = [handle.fast().result() for handle in handles]
-            server = concurry._fork_servers._server.pid
-            futures = [handle.go(fifo) for handle in handles] + [handle.fast() for handle in handles]
-            done, waiting = handles[0].fast(), handles[1].fast(concurry.BaseFuture())
-            pid = os.fork()
-            if not pid:
-                signal.alarm(20)            # not faulthandler: it would wait for its thread, which is not here
-                kinds = [os.readlink(f"/proc/self/fd/{n}") for n in range(3, 200) if os.path.islink(f"/proc/self/fd/{n}")]
-                assert not [kind for kind in kinds if "socket" in kind or "pidfd" in kind], kinds
-                for handle in handles:
-                    try: handle.fast()
-                    except RuntimeError as error: assert "fork" in str(error), error
-                    else: raise AssertionError("a call in the child")
-                for future in futures[:len(handles)] + [waiting]:
-                    error = future.exception(5)
-                    assert isinstance(error, RuntimeError) and "fork" in str(error), error
-                for handle in handles: handle.stop(), handle.shutdown()
-                with concurry.Executor("process", 2) as pool:
-                    assert list(pool.map(abs, [-1, 2])) == [1, 2] and concurry._fork_servers._server.pid != server
-                with concurry.Executor("thread", 2) as pool: assert list(pool.map(abs, [-1, 2])) == [1, 2]
-                concurry._close_server()
-                print("child", flush=True)
-                os._exit(0)
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-            os.write(keeper, b"x" * len(handles))
-            print([future.result() for future in futures[:len(handles)]] == [b"x"] * len(handles) or "mixed",
-                  len([future.result() for future in futures[len(handles):]]) == len(pids))
-            waiting.cancel()
-            for handle in handles: handle.stop()
-        ''', "child\n0\nTrue True\n", self.folder(), *START_METHODS)
+
+def the_clock_is_set(case):
+    """To any time: only clocks that cannot be set are looked at."""
+    case.assertIsNone(re.search(r"\btime\.(time|localtime|gmtime)\b|datetime", open_and_read(concurry.__file__)))
+    with unittest.mock.patch("time.time", lambda: random.choice([0, 1e12])):
+        handle = case.make(Patient)
+        case.assertEqual(gather([handle.add() for _ in range(case.size)], timeout=SAFETY), [1] * case.size)
+        limits = LimitSet([CallLimit(5, 3600)])
+        case.assertEqual(sum(limits.try_acquire().successful for _ in range(20)), 5)
+
+
+def callbacks_raise(case):
+    """That is logged, once each; the thread that called them goes on."""
+    with case.log_of(level="ERROR") as logs:
+        handle, flag, began = case.make(Patient), case.flag(), case.flag()
+        if case.mode == "sync":
+            flag.set()
+        future = handle.wait_for(flag, began)
+        began.wait()
+        reached = queue.SimpleQueue()
+        for error in (ValueError, SystemExit, KeyboardInterrupt):
+            future.add_done_callback(functools.partial(raise_it, error))
+        future.add_done_callback(reached.put)
+        flag.set()
+        case.assertIs(reached.get(timeout=SAFETY), future)
+        case.assertEqual(gather([handle.add(0) for _ in range(case.size)], timeout=SAFETY), [0] * case.size)
+    case.assertEqual([record.exc_info[0] for record in logs.records], [ValueError, SystemExit, KeyboardInterrupt])
 
 
 def raise_it(error, future):
     raise error("on purpose")
+
+
+submitted_by_signal_handlers_and_finalizers = a_program('''
+    import concurry, gc, signal
+    class Count(concurry.Worker):
+        n = 0
+        def add(self): self.n += 1; return self.n
+    options = {} if mode in ("sync", "asyncio") else {"max_workers": size, "max_queued_tasks": 2}
+    count = Count.options(mode=mode, mp_context=method, **options).init()
+    inside, rounds = [], 0
+    class Dies:
+        def __del__(self): inside.append(count.add())
+    signal.signal(signal.SIGUSR1, lambda *_: inside.append(count.add()))
+    def trace(frame, event, argument):      # at every 7th line of ours
+        global rounds
+        if frame.f_globals is vars(concurry) and event == "line":
+            rounds += 1
+            if rounds % 7 == 0 and len(inside) < 300:
+                signal.raise_signal(signal.SIGUSR1)
+            elif rounds % 11 == 0 and len(inside) < 300:
+                Dies()
+        return trace
+    sys.settrace(trace)
+    futures = [count.add() for _ in range(40)]
+    results = [future.result() for future in futures]
+    sys.settrace(None)
+    results += [future.result() for future in inside]
+    assert len(inside) >= 100, len(inside)
+    if size == 1: assert sorted(results) == list(range(1, len(results) + 1)), results
+    assert count.get_pool_stats()["load_balancer"]["total_dispatched"] == len(results)
+    count.stop()
+    print("passed")
+''')
+
+started_by_finalizers = a_program('''
+    import concurry, gc
+    made = []
+    class Cycle:
+        def __del__(self):
+            if len(made) < 5: made.append(concurry.Executor("process", size, mp_context=method))
+    def trace(frame, event, argument):
+        global rounds
+        if frame.f_globals is vars(concurry) and event == "line" and len(made) < 5:
+            rounds += 1
+            if rounds % 10 == 0:
+                cycle = Cycle(); cycle.me = cycle; del cycle; gc.collect()
+        return trace
+    rounds = 0
+    sys.settrace(trace)
+    made.append(concurry.Executor("process", size, mp_context=method))
+    sys.settrace(None)
+    assert [pool.submit(int).result() for pool in made] == [0] * 6
+    print("passed")
+''')
+
+no_descriptors_are_left = a_program('''
+    import concurry, errno, resource, threading
+    def descriptors():
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread(): thread.join()
+        return sorted(os.listdir("/proc/self/fd"))
+    with concurry.Executor("process", size, mp_context=method) as pool:
+        pool.submit(int).result()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    before, outcomes = descriptors(), set()
+    for spare in range(1, 24 + 16 * size, 2 * size):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(max(before, key=int)) + 1 + spare, hard))
+        try:
+            with concurry.Executor("process", size, mp_context=method) as pool:
+                outcomes.add(pool.submit(lambda: "worked").result())
+                on_demand = concurry.Executor("process", size + 1, mp_context=method, on_demand=True)
+                calls = [on_demand.submit(lambda n: n, n) for n in range(4)]
+                for call in calls:
+                    error = call.exception()
+                    outcomes.add("on demand" if error is None else error.errno)
+                on_demand.shutdown()
+        except OSError as error:
+            outcomes.add(error.errno)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        left = descriptors()
+        assert left == before, (spare, left, before)
+    assert outcomes == {errno.EMFILE, "worked", "on demand"}, outcomes
+    print("passed")
+''')
+
+the_reader_fails = a_program('''
+    import concurry, logging
+    logging.disable(logging.CRITICAL)
+    def work(n): return n
+    def fail(): raise MemoryError("no more")
+    pool = concurry.Executor("process", size, mp_context=method)
+    concurry.wait([pool.submit(work, n) for n in range(size)])
+    slow = [pool.submit(__import__("time").sleep, 60) for _ in range(size)]
+    queued = [pool.submit(work, 1) for _ in range(4)]
+    parked = pool.submit(work, concurry.BaseFuture())
+    reader = concurry._readers[os.getpid()]
+    reader.post(fail)
+    for future in slow + queued[:1]:
+        error = future.exception()
+        assert isinstance(error, (MemoryError, concurry.WorkerDiedError)) and "no more" in str(error), error
+    reader.thread.join()
+    assert all(future.done() for future in queued)
+    error = None
+    try: error = pool.submit(work, 1).exception()
+    except Exception as raised: error = raised
+    assert "no more" in str(error), error
+    with concurry.Executor("process", 1, mp_context=method) as another: assert another.submit(work, 5).result() == 5
+    pool.stop()
+    assert parked.done()
+    print("passed")
+''')
+
+no_semaphores_and_no_shared_memory = a_program('''
+    sys.modules["_multiprocessing"] = sys.modules["_posixshmem"] = None
+    import concurry
+    limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1), concurry.CallLimit(100, 60)])
+    def use(n, limits):
+        with limits.acquire(): return n
+    before = os.listdir("/dev/shm")
+    options = {} if mode in ("sync", "asyncio") else {"max_workers": size}
+    with concurry.TaskWorker.options(mode=mode, mp_context=method, limits=limits, **options).init(fn=use) as pool:
+        assert list(pool.map(range(20))) == list(range(20))
+        assert {name for name in os.listdir("/dev/shm") if name not in before and "sem" in name} == set()
+    assert limits.get_stats()["call_count"]["in_use"] == 20
+    print("passed")
+''')
+
+
+def a_module_makes_a_pool_when_it_is_imported(case):
+    """Refused, and no storm; the module itself can be used by its importer."""
+    folder = case.folder()
+    case.write(folder, storm='''
+        import os, concurry
+        with open(os.environ["TRACE"], "a") as file: file.write("x")
+        pool = concurry.Executor("process", 1, mp_context=os.environ["METHOD"])
+        class W(concurry.Worker):
+            def go(self): return 1
+        def function(): return 1
+    ''')
+    code = '''
+        sys.path.append(sys.argv[1])
+        import concurry, storm
+        method = os.environ["METHOD"]
+        try:
+            with storm.W.options(mode="process", mp_context=method).init() as worker: print(worker.go().result())
+        except RuntimeError as error: print("storm" in str(error), type(error).__name__.count("Died"))
+        with concurry.Executor("process", int(sys.argv[2]), mp_context=method) as pool:
+            for fn in (storm.function, int):
+                error = pool.submit(fn).exception()
+                print(error and (isinstance(error, RuntimeError), "storm" in str(error)))
+        storm.pool.stop()
+    '''
+    trace = os.path.join(folder, "trace")
+    program = Program(case, code, folder, str(case.size), env={**os.environ, "METHOD": case.method, "TRACE": trace})
+    output, errors = program.output()
+    # A forked worker has the module already.
+    expected = "1\nNone\nNone\n" if case.method == "fork" else "True 0\n(True, True)\nNone\n"
+    case.assertEqual((output, program.popen.returncode), (expected, 0), errors)
+    case.assertEqual(len(open_and_read(trace)), 1 if case.method == "fork" else 3)
+
+
+def two_copies_under_other_names(case):
+    """In a bare interpreter; each has workers, exceptions and a fork server of its own."""
+    folder = case.folder()
+    os.makedirs(os.path.join(folder, "pkg", "_vendor"))
+    shutil.copy(SOURCE, os.path.join(folder, "pkg", "_vendor", "x.py"))
+    shutil.copy(SOURCE, os.path.join(folder, "other.py"))
+    case.write(folder, **{
+        "pkg/__init__": "from . import later",
+        "pkg/later": """
+            from . import _vendor
+            from ._vendor import x
+            assert _vendor.x is x
+            class Far(x.Worker):
+                def go(self): return x, __name__
+        """,
+        "pkg/_vendor/__init__": ""})
+    case.check_program('''
+        import logging, other
+        import pkg._vendor.x as x
+        logging.disable(logging.WARNING)
+        size, method = int(sys.argv[1]), sys.argv[2]
+        def where(): return "concurry" in sys.modules, "__mp_main__" in sys.modules
+        def b_of(n): return n * 10
+        def die(module): os._exit(4)
+        with x.Executor("process", size, mp_context=method) as a, other.Executor("process", size, mp_context=method) as b:
+            assert [pool.submit(where).result() for pool in (a, b)] == [(False, False)] * 2
+            errors = [pool.submit(die, pool and None).exception() for pool in (a, b)]
+            assert [type(error) for error in errors] == [x.WorkerDiedError, other.WorkerDiedError]
+            assert list(a.map(lambda n: b_of(n), b.map(lambda n: n + 1, range(3)))) == [10, 20, 30]
+            future = b.submit(b_of, a.submit(b_of, 1))      # a future of the other copy counts as one
+            assert future.result() == 100 and isinstance(future, other.BaseFuture)
+            assert a.submit(lambda: (x, x.BaseFuture)).exception() is None
+            assert a.submit(lambda: x.__name__).result() == "pkg._vendor.x"
+        worker = sys.modules["pkg.later"].Far.options(mode="process", mp_context=method).init()
+        assert worker.go().result() == (x, "pkg.later")
+        worker.stop()
+        if method == "forkserver":
+            assert x._fork_servers._server.pid != other._fork_servers._server.pid
+        print("passed")
+    ''', "passed\n", str(case.size), case.method, head=HEAD.replace(FOLDER, folder), flags=["-I", "-S"])
+
+
+def submitted_by_callbacks_to_full_pools(case):
+    """It is parked, and nobody waits for ever."""
+    first, second = case.make(Patient), case.make(Patient, max_queued_tasks=1)
+    flag, hold, began, inner = case.flag(), case.flag(), [case.flag() for _ in range(case.size)], queue.SimpleQueue()
+    busy = [second.wait_for(hold, each) for each in began]
+    for each in began:
+        each.wait()
+    future = first.wait_for(flag)
+    for _ in range(3):
+        future.add_done_callback(lambda _: inner.put(second.add(0)))
+        future.add_done_callback(lambda _: inner.put(first.add(0)))
+    flag.set()
+    futures = [inner.get(timeout=SAFETY) for _ in range(6)]
+    case.assertFalse(any(each.done() for each in busy))
+    hold.set()
+    case.assertEqual([future.result(SAFETY) for future in futures], [0] * 6)
+
+
+def submitted_by_a_call_to_its_own_full_pool(case):
+    pool = case.make(TaskWorker, max_queued_tasks=1)
+
+    async def outer_async():
+        return [pool.submit(square, n) for n in range(5)]
+    for outer in (lambda: [pool.submit(square, n) for n in range(5)], outer_async):
+        case.assertEqual(gather(pool.submit(outer).result(SAFETY), timeout=SAFETY), [0, 1, 4, 9, 16])
+
+
+forked_by_the_user = a_program('''
+    import concurry, signal, warnings
+    warnings.simplefilter('ignore', DeprecationWarning)         # of fork() beside threads
+    class Slow(concurry.Worker):
+        def go(self, fifo):
+            return os.read(os.open(fifo, os.O_RDONLY), 1)
+        def fast(self): return os.getpid()
+    fifo = folder + "/fifo"
+    os.mkfifo(fifo)
+    keeper = os.open(fifo, os.O_RDWR)
+    handle = Slow.options(mode=mode, mp_context=method, max_workers=size).init()
+    handle.fast().result()
+    server = concurry._fork_servers._server
+    running = [handle.go(fifo) for _ in range(size)] if mode != "sync" else []
+    queued, waiting = [handle.fast() for _ in range(size)], handle.fast(concurry.BaseFuture())
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)            # not faulthandler: it would wait for its thread, which is not here
+        kinds = [os.readlink(f"/proc/self/fd/{n}") for n in range(3, 200) if os.path.islink(f"/proc/self/fd/{n}")]
+        assert mode == "asyncio" or not [kind for kind in kinds if "socket" in kind or "pidfd" in kind], kinds
+        try: handle.fast()
+        except RuntimeError as error: assert "fork" in str(error), error
+        else: raise AssertionError("a call in the child")
+        for future in running + [waiting]:
+            error = future.exception(5)
+            assert isinstance(error, RuntimeError) and "fork" in str(error), error
+        handle.stop(), handle.shutdown()
+        with concurry.Executor("process", 2) as pool:
+            assert list(pool.map(abs, [-1, 2])) == [1, 2]
+            assert server is None or concurry._fork_servers._server.pid != server.pid
+        with concurry.Executor("thread", 2) as pool: assert list(pool.map(abs, [-1, 2])) == [1, 2]
+        concurry._close_server()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.write(keeper, b"x" * size)
+    assert [future.result() for future in running] == [b"x"] * len(running)
+    assert len([future.result() for future in queued]) == size
+    waiting.cancel()
+    handle.stop()
+    print("passed")
+''')
+
+
+# === Faults: the table ===
+
+class Fault(typing.NamedTuple):
+    row: int                    # of FAULTS
+    name: str
+    modes: tuple                # where it can happen
+    happens: typing.Callable    # brings it about in a cell, and looks at what becomes of it
+
+    def cells(self, is_whole):
+        """Return the (mode, size, method) to be tried: all, or one for each mode, another one for each fault."""
+        cells = []
+        for mode in self.modes:
+            all_of_it = [(mode, size, method) for size in ((1, 3) if mode in ("thread", "process") else (1,))
+                         for method in (START_METHODS if mode == "process" else (None,))]
+            cells += all_of_it if is_whole else [all_of_it[FAULTS.index(self) % len(all_of_it)]]
+        return cells
+
+
+PROCESS, BESIDE = ("process",), ("thread", "process", "asyncio")
+FAULTS = [
+    Fault(1, "os._exit", PROCESS, a_call(
+        lambda h: h.exit(3), WorkerDiedError, r"exit code 3.*exit\(\)", deaths=1,
+        check=lambda e: (e.exitcode, e.method, e.started, e.deaths) == (3, "exit", True, ((e.worker, e.pid, 3),)))),
+    Fault(1, "kill -9", PROCESS, a_call(
+        lambda h: h.kill(9), WorkerDiedError, r"signal 9 \(SIGKILL\).*kill\(\)", deaths=1,
+        check=lambda e: e.exitcode == -9 and str(e.pid) in str(e) and e.worker in str(e))),
+    Fault(1, "SIGTERM", PROCESS, a_call(lambda h: h.kill(15), WorkerDiedError, "SIGTERM", deaths=1)),
+    Fault(1, "segfault", PROCESS, a_call(
+        lambda h: h.crash(), WorkerDiedError, r"signal 11 \(SIGSEGV\).*crash\(\)", deaths=1)),
+    Fault(1, "closes its descriptors", PROCESS, a_call(
+        lambda h: h.close_descriptors(), WorkerDiedError, "close_descriptors", deaths=1)),
+    Fault(1, "run again", PROCESS, run_again_after_a_crash),
+    Fault(1, "garbage", PROCESS, garbage_from_a_worker),
+    Fault(2, "idle", PROCESS, an_idle_worker_is_killed),
+    Fault(3, "while it sends", PROCESS, a_call(
+        lambda h: h.die_at(Moment("sendall", 1), 1 << 22), WorkerDiedError, "SIGKILL.*die_at", deaths=1)),
+    Fault(4, "while it receives", PROCESS, killed_while_a_call_is_received),
+    Fault(4, "between any two messages", PROCESS, killed_between_any_two_messages),
+    Fault(5, "SystemExit", MODES, a_call(lambda h: h.throw(SystemExit, 3), SystemExit, "3", "in throw")),
+    Fault(5, "sys.exit with a text", MODES, a_call(lambda h: h.throw(SystemExit, "bye"), SystemExit, "bye")),
+    Fault(5, "SystemExit in a coroutine", MODES, a_call(lambda h: h.throw_async(SystemExit, 3), SystemExit, "3", "in throw_async")),
+    Fault(5, "KeyboardInterrupt", MODES, a_call(lambda h: h.throw(KeyboardInterrupt), KeyboardInterrupt)),
+    Fault(5, "CancelledError", MODES, a_call(lambda h: h.throw(asyncio.CancelledError), asyncio.CancelledError)),
+    Fault(5, "the other CancelledError", MODES, a_call(
+        lambda h: h.throw(concurrent.futures.CancelledError), concurrent.futures.CancelledError)),
+    Fault(5, "GeneratorExit", MODES, a_call(lambda h: h.throw(GeneratorExit), GeneratorExit)),
+    Fault(5, "BaseException", MODES, a_call(lambda h: h.throw(OwnInterrupt, "own"), OwnInterrupt, "own", "in throw")),
+    Fault(5, "StopIteration", MODES, a_call(lambda h: h.throw(StopIteration, 5), StopIteration, "5")),
+    Fault(6, "argument", PROCESS, a_call(
+        lambda h: h.give(1, config={"lock": threading.Lock()}), pickle.PicklingError,
+        r"argument 'config'\['lock'\] of give\(\): cannot pickle '_thread.lock' object")),
+    Fault(6, "argument with a reason", PROCESS, a_call(
+        lambda h: h.give(0, [h]), pickle.PicklingError, r"argument 2\[0\] of give\(\): a handle .* cannot travel")),
+    Fault(6, "deep argument", PROCESS, a_call(
+        lambda h: h.give(functools.reduce(lambda deep, _: [deep], range(100_000))), pickle.PicklingError,
+        r"argument 1 of give\(\).*nested too deeply")),
+    Fault(7, "result", PROCESS, a_call(
+        lambda h: h.result_with(threading.Lock), pickle.PicklingError,
+        r"result\['inner'\]\[1\] of result_with\(\): cannot pickle '_thread.lock' object")),
+    Fault(8, "argument that does not load", PROCESS, a_call(
+        lambda h: h.give(FailsWhenLoaded()), pickle.PicklingError, "ZeroDivisionError: while loading",
+        check=lambda e: isinstance(e.__cause__, ZeroDivisionError))),
+    Fault(8, "result that does not load", PROCESS, a_call(
+        lambda h: h.result_with(functools.partial(FailsWhenLoaded, os.getpid())), pickle.PicklingError,
+        r"result_with\(\).*ZeroDivisionError: while loading", check=lambda e: isinstance(e.__cause__, ZeroDivisionError))),
+    Fault(9, "argument whose loading exits", PROCESS, a_call(
+        lambda h: h.give(ExitsWhenLoaded()), WorkerDiedError, r"exit code 4.*give\(\)", deaths=1)),
+    Fault(10, "exception with needs", PROCESS, a_call(
+        lambda h: h.throw_picky(), RemoteError, "Picky: the original text", "in throw_picky",
+        check=lambda e: e.type_name.endswith("Picky") and "in throw_picky" in e.traceback)),
+    Fault(10, "exception with a lock", PROCESS, a_call(
+        lambda h: h.throw(Holder), RemoteError, "Holder: held", "in throw")),
+    Fault(11, "constructor raises", MODES, a_constructor_raises),
+    Fault(12, "constructor exits", BESIDE, a_constructor_exits),
+    Fault(13, "no replacement starts", PROCESS, no_replacement_starts),
+    Fault(13, "each call kills its worker", PROCESS, a_call_kills_each_worker),
+    Fault(14, "holding limits", PROCESS, killed_while_it_holds_limits),
+    Fault(15, "asking for limits", PROCESS, killed_while_it_asks_for_limits),
+    Fault(15, "waiting for limits", PROCESS, killed_while_it_waits_for_limits),
+    Fault(16, "cancel", BESIDE, a_pending_call_is_cancelled),
+    Fault(16, "cancel races", BESIDE, cancel_races_with_the_result),
+    Fault(17, "stop", BESIDE, stopped_with_calls_queued_and_running),
+    Fault(17, "stop in a callback", MODES, stopped_by_a_done_callback),
+    Fault(17, "stop in a call", ("sync", "thread", "asyncio"), stopped_by_a_call_of_its_own),
+    Fault(18, "never returns", BESIDE, stopped_while_a_call_never_returns),
+    Fault(18, "cleans up", PROCESS, stopped_while_a_call_cleans_up),
+    Fault(19, "exit, idle", MODES, exit_with_idle_workers),
+    Fault(20, "exit, pending", MODES, exit_with_pending_calls),
+    Fault(21, "Ctrl-C", BESIDE, interrupted),
+    Fault(21, "Ctrl-C, and on", PROCESS, interrupted_and_going_on),
+    Fault(22, "TERM to the parent", PROCESS, the_parent_dies(signal.SIGTERM, "while True: pass")),
+    Fault(23, "KILL to the parent", PROCESS, the_parent_dies(signal.SIGKILL)),
+    Fault(23, "KILL to the parent, busy", PROCESS, the_parent_dies(signal.SIGKILL, "while True: pass")),
+    Fault(23, "KILL to the parent, in C", PROCESS, the_parent_dies(signal.SIGKILL, HOLD_GIL)),
+    Fault(23, "KILL to the parent, descriptors kept", PROCESS, the_parent_dies(signal.SIGKILL, "", "keep")),
+    Fault(23, "KILL to the parent, in C, descriptors kept", PROCESS, the_parent_dies(signal.SIGKILL, HOLD_GIL, "keep")),
+    Fault(24, "submitters wait", PROCESS, submitters_wait_behind_a_death),
+    Fault(25, "locks", PROCESS, threads_hold_locks),
+    Fault(26, "pools in workers", PROCESS, pools_inside_workers),
+    Fault(27, "no main guard", PROCESS, no_main_guard),
+    Fault(28, "clock", MODES, the_clock_is_set),
+    Fault(29, "callbacks raise", MODES, callbacks_raise),
+    Fault(29, "submitted by handlers", MODES, submitted_by_signal_handlers_and_finalizers),
+    Fault(29, "started by finalizers", PROCESS, started_by_finalizers),
+    Fault(30, "no descriptors", PROCESS, no_descriptors_are_left),
+    Fault(31, "reader", PROCESS, the_reader_fails),
+    Fault(32, "kills and limits", PROCESS, killed_again_and_again_while_limits_are_used),
+    Fault(33, "no semaphores", MODES, no_semaphores_and_no_shared_memory),
+    Fault(34, "pool while importing", PROCESS, a_module_makes_a_pool_when_it_is_imported),
+    Fault(35, "two copies", PROCESS, two_copies_under_other_names),
+    Fault(36, "callbacks and full pools", BESIDE, submitted_by_callbacks_to_full_pools),
+    Fault(36, "its own full pool", ("thread", "asyncio"), submitted_by_a_call_to_its_own_full_pool),
+    Fault(37, "fork", MODES, forked_by_the_user),
+]
+
+
+# What the README tells of the rows: what happens, and what then.
+TOLD = {
+    (1, 3, 9): ("a worker is killed, crashes or exits in a call", "that call raises `WorkerDiedError` with the worker, pid, method, and exit code or signal; "
+                "a new worker takes its place, and the queue goes on"),
+    (2,): ("a worker dies while it is idle", "it is replaced; no call fails; a warning in the log says that its state is lost"),
+    (4,): ("a worker dies before it has begun a call", "the next one carries it out; no call is run twice"),
+    (5,): ("a call raises `SystemExit`, `KeyboardInterrupt`, `CancelledError`", "that is in its future, as itself; the worker goes on "
+           "(in `sync` mode the first two are raised in the caller, too)"),
+    (6, 7, 8): ("an argument or a result does not pickle, or does not load", "`pickle.PicklingError` in that future, which names "
+                "the member; arguments are pickled, and so frozen, when the call is submitted"),
+    (10,): ("an exception does not survive the way", "`RemoteError` with its type, text and traceback"),
+    (11, 12): ("a constructor raises, or exits", "`init` raises that, or `WorkerDiedError`; nothing is left running"),
+    (13,): ("three starts of a replacement fail in a row", "the others take over; without any, all calls fail with the cause"),
+    (14, 15, 32): ("a worker dies with limits, or while it asks for some", "its slots are free at once, what a rate had granted counts as used; "
+                   "nobody else is affected"),
+    (16,): ("a call is cancelled", "it never runs, and its place is free; or it has begun, and `cancel()` is False (a coroutine in `asyncio` mode is ended)"),
+    (17,): ("`stop()`, from anywhere", "no future is pending when it returns, but that of a call which called it"),
+    (18,): ("a call does not end within the timeout of `stop()`", "a process gets TERM, and KILL 0.9 s later; a coroutine is cancelled; "
+            "a thread is left alone, with a `ResourceWarning`"),
+    (19, 20): ("the program ends", "what was submitted is finished; idle workers hold up nothing"),
+    (21,): ("Ctrl-C", "`KeyboardInterrupt` in your code, and only there; `with` ends the workers"),
+    (22, 23): ("your process is killed", "no worker outlives it by more than two seconds"),
+    (24,): ("a worker dies and its queue is full", "the queue drains on the new one; who waits to submit wakes up"),
+    (25, 27): ("threads hold locks; there is no main guard", "no matter: fork is never the default, and your main module is not run again"),
+    (26, 34): ("a worker makes workers", "they work, and end with it; a module that makes a process pool when a worker imports it gets `RuntimeError`"),
+    (28,): ("the clock is set", "no effect"),
+    (29, 36): ("a done-callback raises, or submits to a full pool; so do `__del__`, signal handlers, calls", "logged once; put in line: none of them ever waits"),
+    (30,): ("descriptors or memory run out when a worker starts", "`OSError` from `init`, or in the call; the workers that there are go on"),
+    (31,): ("the thread that hears the processes fails", "every future fails with the cause, later calls too"),
+    (33, 35): ("semaphores are forbidden, shared memory is missing; the file has another name, or is there twice", "everything works"),
+    (37,): ("`os.fork` in your code", "in the child the handles, futures and limits of the parent raise `RuntimeError`; new ones work"),
+}
+
+
+class FaultTests(ProgramCase):
+    """A test for each fault. It shows one cell for each mode; all of them with CONCURRY_MATRIX=1."""
+
+    is_whole = os.environ.get("CONCURRY_MATRIX") == "1"
+
+    def check(self, fault):
+        for self.mode, self.size, self.method in fault.cells(self.is_whole):
+            with self.subTest(row=fault.row, mode=self.mode, size=self.size, method=self.method):
+                before = Belongings()
+                try:
+                    fault.happens(self)
+                finally:
+                    self.doCleanups()
+                self.assertEqual(before.what_is_left(), [])
+
+    def make(self, cls, *args, **options):
+        method = {"mp_context": self.method} if self.method else {}
+        return self.start(cls, *args, **{"mode": self.mode, "max_workers": self.size, **method, **options})
+
+    def some(self, cases):
+        """Return all of them, or a few: not the same for each cell."""
+        return cases if self.is_whole and self.size == 1 else cases[len(self.method or "") % 4::4]
+
+    def records(self):
+        """Return a queue of what is logged from now on; nothing of it is printed."""
+        logger, records = logging.getLogger("concurry"), queue.SimpleQueue()
+        handler = logging.handlers.QueueHandler(records)
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
+        return records
+
+    def check_pool(self, handle, restarts=None):
+        """See that a pool is as it was: its size, all its workers at work, no place taken."""
+        backends = handle._pool.backends
+        until(lambda: restarts in (None, handle.get_pool_stats()["restarts"]))      # a death may still be on its way to us
+        until(lambda: self.mode != "process" or all(backend.link is not None and backend.link.is_built for backend in backends))
+        self.assertEqual((len(backends), handle.get_pool_stats()["total_workers"]), (self.size, self.size))
+        self.assertEqual((handle._pool.calls, [len(backend.calls) for backend in backends]), ({}, [0] * self.size))
+        self.assertEqual(len({*gather([handle.pid() for _ in range(3 * self.size)], timeout=SAFETY)}),
+                         self.size if self.mode == "process" else 1)
+
+    def test_each_row_has_its_faults(self):
+        self.assertEqual({fault.row for fault in FAULTS}, set(range(1, 38)))
+        self.assertEqual(sorted(row for rows in TOLD for row in rows), list(range(1, 38)))
+
+
+for _fault in FAULTS:
+    _name = "test_{:02}_{}".format(_fault.row, re.sub(r"\W+", "_", _fault.name))
+    assert not hasattr(FaultTests, _name), _name
+    setattr(FaultTests, _name, lambda self, fault=_fault: self.check(fault))
 
 
 # === Found by fresh eyes ===
@@ -8204,53 +8526,6 @@ SOURCE = os.path.join(FOLDER, "concurry.py")
 
 class VendoringTests(ProgramCase):
     """1.1: a copy of the file is a complete installation, whatever it is called and wherever it is. Row 35."""
-
-    def vendor(self):
-        folder = self.folder()
-        os.makedirs(os.path.join(folder, "pkg", "_vendor"))
-        shutil.copy(SOURCE, os.path.join(folder, "pkg", "_vendor", "x.py"))
-        shutil.copy(SOURCE, os.path.join(folder, "other.py"))
-        self.write(folder, **{
-            "pkg/__init__": "from . import later",
-            "pkg/later": """
-                from . import _vendor
-                from ._vendor import x
-                assert _vendor.x is x
-                class Far(x.Worker):
-                    def go(self): return x, __name__
-            """,
-            "pkg/_vendor/__init__": ""})
-        return folder
-
-    def test_two_copies_under_other_names(self):
-        """In a bare interpreter; each has workers, exceptions and a fork server of its own."""
-        folder = self.vendor()
-        head = HEAD.replace(FOLDER, folder)
-        code = '''
-            import other
-            import pkg._vendor.x as x
-            def where(): return "concurry" in sys.modules, "__mp_main__" in sys.modules
-            def die(module): os._exit(4)
-            for method in sys.argv[1:]:
-                with x.Executor("process", 2, mp_context=method) as a, other.Executor("process", 1, mp_context=method) as b:
-                    assert [pool.submit(where).result() for pool in (a, b)] == [(False, False)] * 2
-                    errors = [pool.submit(die, pool and None).exception() for pool in (a, b)]
-                    assert [type(error) for error in errors] == [x.WorkerDiedError, other.WorkerDiedError]
-                    assert list(a.map(lambda n: b_of(n), b.map(lambda n: n + 1, range(3)))) == [10, 20, 30]
-                    future = b.submit(b_of, a.submit(b_of, 1))      # a future of the other copy counts as one
-                    assert future.result() == 100 and isinstance(future, other.BaseFuture)
-                    assert a.submit(lambda: (x, x.BaseFuture)).exception() is None and a.submit(lambda: x.__name__).result() == "pkg._vendor.x"
-                worker = sys.modules["pkg.later"].Far.options(mode="process", mp_context=method).init()
-                assert worker.go().exception() is None, worker.go().exception()
-                assert worker.go().result() == (x, "pkg.later")
-                worker.stop()
-            assert x._fork_servers._server.pid != other._fork_servers._server.pid
-            print("passed")
-        '''.replace("def where", "def b_of(n): return n * 10\n            def where")
-        program = Program(self, code, *START_METHODS, head=head, flags=["-I", "-S"])
-        output, errors = program.output()
-        self.assertEqual((output, program.popen.returncode), ("passed\n", 0), errors)
-        self.assertFalse([line for line in errors.splitlines() if "state is lost" not in line], errors)
 
     def test_in_a_zip_and_beside_modules_with_names_of_the_library(self):
         folder = self.folder()
@@ -8532,6 +8807,10 @@ class ReadmeTests(ProgramCase):
                 continue
             shown = "[Exception]" if name == "retry_on" else getattr(default, "value", default)
             self.assertIn(f"`{shown}`", told, name)
+
+    def test_the_table_of_faults(self):
+        lines = [f"| {what} | {then} |\n" for what, then in TOLD.values()]
+        self.assertIn("| when | then |\n| --- | --- |\n" + "".join(lines) + "\n", self.readme(), "".join(lines))
 
     def test_shell(self):
         commands = [line for block in self.blocks("(?:sh|shell|console|bash)")
