@@ -5245,6 +5245,7 @@ def _load_wire():
 
 _HEADER = struct.Struct("<BxHIQ")       # kind, number of buffers, microseconds it took, bytes of pickle
 _MOST = 1 << 48         # bytes: whoever says there are more is mistaken
+_TRUSTED = 1 << 26      # bytes: memory is taken for so many before they have come
 _SIZE = struct.Struct("<Q")             # of a buffer, times two, plus one if it is read-only
 _INDEX = struct.Struct("<I")            # of the worker in its pool: what it receives first
 
@@ -5311,13 +5312,13 @@ class _Inbox:
         self.connection = connection
         self.kinds = kinds
         self.is_at_end = False
-        self._messages = collections.deque()
+        self._messages = []                             # the one that has just become complete
         self._bytes, self._filled = bytearray(), 0      # what has come of the bytes needed, and perhaps more
         self._parts = self._take_apart()
         self._needed = next(self._parts)
 
     def receive(self):
-        """Take what is there; return the complete messages."""
+        """Take what is there; yield the complete messages. What is none raises, after those before it."""
         while not self.is_at_end:
             try:
                 count, wanted = self._receive_some()
@@ -5329,21 +5330,21 @@ class _Inbox:
             self._filled += count
             while self._filled >= self._needed:
                 self._needed = self._parts.send(self._cut(self._needed))
+                if self._messages:
+                    yield self._messages.pop()
             if count < wanted:              # the socket is empty
                 break
-        messages, self._messages = self._messages, collections.deque()
-        return messages
 
     def _receive_some(self):
         if self._needed < _BUFFER_SIZE:
             chunk = self.connection.recv(_BUFFER_SIZE)
             self._bytes += chunk
             return len(chunk), _BUFFER_SIZE
-        if len(self._bytes) < self._needed:
-            whole = bytearray(self._needed)
+        if len(self._bytes) == self._filled:        # no room: not at once for all that is announced, wrongly perhaps
+            whole = bytearray(min(self._needed, max(2 * self._filled, _TRUSTED)))
             whole[:self._filled] = self._bytes
             self._bytes = whole
-        wanted = self._needed - self._filled
+        wanted = len(self._bytes) - self._filled
         return self.connection.recv_into(memoryview(self._bytes)[self._filled:]), wanted
 
     def _cut(self, size):

@@ -7276,6 +7276,8 @@ def garbage_from_a_worker(case):
         case.assertIsInstance(error, (type(None), WorkerDiedError, RemoteError, pickle.PicklingError), each)
         gather(others, return_exceptions=True, timeout=SAFETY)      # it may have answered those that it had, too
         case.assertEqual(other.add(0).result(SAFETY), 0)
+    answered = handle.send_garbage(strange[2] + b"\xff" * 100)      # what came before it holds
+    case.assertEqual(answered.result(SAFETY), 1)
     case.check_pool(handle)
     case.check_pool(other, restarts=0)
 
@@ -8499,6 +8501,78 @@ class RaceTests(CleanTestCase):
                 print(os.read(reader, 10))
         """)
         self.assertEqual(ended.stdout, "b'6'\n")
+
+
+def decoder_round(choose, number, damage):
+    """Send messages to the parent's decoder, in pieces, perhaps damaged, and see what comes out.
+
+    `choose(options)` and `number(most)` choose. Undamaged ones come out as they went in. Of others, those before the
+    damage do; then there is an error of a kind that ends the worker, or something of the size that the bytes had.
+    """
+    sent, stream = [], b""
+    for _ in range(number(6)):
+        data, buffers = bytes(number(choose([5, 300, 70_000]))), []
+        for _ in range(number(3)):
+            buffer = bytes([number(255)]) * number(choose([5, 70_000, 200_000]))
+            buffers.append(buffer if choose([False, True]) else bytearray(buffer))
+        kind, took = choose(range(concurry._BUILT, concurry._NOT_LOADED + 1)), number(10 ** 6)
+        sent.append((kind, took, data, buffers))
+        stream += b"".join(concurry._message(kind, (data, list(map(memoryview, buffers))), took))
+    first = len(stream)
+    if damage == "cut":
+        first = number(len(stream))
+        stream = stream[:first]
+    elif damage == "changed" and stream:
+        first, changed = number(len(stream) - 1), bytearray(stream)
+        for at in range(first, min(len(stream), first + 1 + number(8))):
+            changed[at] = number(255)
+        stream = bytes(changed)
+    elif damage == "garbage":
+        stream += bytes(number(255) for _ in range(number(40)))
+    here, there = socket.socketpair()
+    inbox, received, whole = concurry._Inbox(here, range(concurry._BUILT, concurry._NOT_LOADED + 1)), [], 0
+    with here, there:
+        here.setblocking(False)
+        try:
+            while stream and not inbox.is_at_end:
+                size = choose([1, 16, 17, 1000, 60_000])
+                there.send(stream[:size])
+                stream = stream[size:]
+                received += inbox.receive()
+            there.shutdown(socket.SHUT_WR)
+            received += inbox.receive()
+            assert inbox.is_at_end
+        except (ValueError, MemoryError, OverflowError):
+            assert damage in ("changed", "garbage")
+    for message in sent:            # those that were whole before the damage
+        whole += len(b"".join(concurry._message(message[0], (message[2], list(map(memoryview, message[3]))))))
+        if whole > first:
+            break
+        assert received and received.pop(0) == message, [message[:2], len(message[2]), list(map(len, message[3]))]
+    assert damage != "" or not received
+
+
+class DecoderTests(CleanTestCase):
+    """What workers send, as it arrives: in pieces, cut off, damaged, made up (`.ci/fuzz.py` goes on with this)."""
+
+    def test_messages_that_are_damaged_or_not(self):
+        concurry._load_wire()
+        for seed in range(300):
+            chance = random.Random(seed)
+            with self.subTest(seed=seed):
+                decoder_round(chance.choice, lambda most, chance=chance: chance.randint(0, most),
+                              ["", "cut", "changed", "garbage"][seed % 4])
+
+    def test_memory_is_not_taken_for_what_is_only_announced(self):
+        concurry._load_wire()
+        here, there = socket.socketpair()
+        with here, there:
+            here.setblocking(False)
+            inbox = concurry._Inbox(here, [concurry._RETURNED])
+            there.send(concurry._HEADER.pack(concurry._RETURNED, 0, 0, concurry._MOST) + b"x")
+            self.assertEqual(list(inbox.receive()), [])
+            there.send(b"y")
+            self.assertEqual((list(inbox.receive()), len(inbox._bytes)), ([], concurry._TRUSTED))
 
 
 class MessageTests(CleanTestCase):

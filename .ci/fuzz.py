@@ -1,9 +1,9 @@
-"""Search for schedules in which a rate limit breaks its promise, or wastes what it might grant.
+"""Search for schedules in which a rate limit breaks its promise, and for messages that break the decoder.
 
     python3 .ci/fuzz.py [EXAMPLES]          (needs hypothesis)
 
-The same models as in the unit tests, with schedules that hypothesis chooses and shortens; then a
-million steps of each algorithm, after which no capacity may be lost.
+The same models and rounds as in the unit tests, with what hypothesis chooses and shortens; then a
+million steps of each rate algorithm, after which no capacity may be lost.
 """
 import pathlib
 import sys
@@ -11,8 +11,9 @@ import sys
 from hypothesis import given, settings, strategies
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import concurry  # noqa: E402
 from concurry import RateLimitAlgorithm  # noqa: E402
-from test_concurry import WINDOWS, RateTests, rate_schedule  # noqa: E402
+from test_concurry import WINDOWS, RateTests, decoder_round, rate_schedule  # noqa: E402
 
 EXAMPLES = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
 
@@ -26,6 +27,17 @@ def any_schedule(data, algorithm, window, capacity):
     rate_schedule(choose, algorithm, capacity, window, data.draw(strategies.integers(1, 20)))
 
 
+@settings(max_examples=EXAMPLES, deadline=None, database=None)
+@given(strategies.data(), strategies.sampled_from(["", "cut", "changed", "garbage"]))
+def any_messages(data, damage):
+    def number(most):
+        return data.draw(strategies.integers(0, most))
+    decoder_round(lambda options: options[number(len(options) - 1)], number, damage)
+
+
+concurry._load_wire()
+any_messages()
+print(f"{EXAMPLES} streams of messages are decoded, or refused", flush=True)
 any_schedule()
 print(f"{EXAMPLES} schedules hold", flush=True)
 RateTests.steps = 1_000_000
