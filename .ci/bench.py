@@ -821,6 +821,7 @@ ROWS = [
     Row("stop: 8 processes", EXECUTOR, 1.5,
         partial(stop, workers=8, gather=meet), process, process_executor),
     Row("told of a death", EXECUTOR, 1.0, told_of_death, process, process_executor),
+    Row("told of a death, in ms", "", 20.0, lambda make: 1e3 * told_of_death(make), process),
     Row("told of an unpicklable result", EXECUTOR, 1.0,
         told_of_unpicklable, process, process_executor),
 ]
