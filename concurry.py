@@ -6049,10 +6049,9 @@ class _ProcessBackend(_Backend):
             call.deaths += (self.name, pid, exitcode),
             if call not in again:
                 self._fail(call, self.stopped(call, self.killed, True) if self.killed else _death_in(call))
-        if self.killed:
-            for call in self.queue:
-                self._fail(call, self.stopped(call, self.killed, bool(call.deaths)))
-            self.queue.clear()
+        while self.killed and self.queue:
+            call = self.queue.popleft()
+            self._fail(call, self.stopped(call, self.killed, bool(call.deaths)))
         if begun:
             self.failures = 0
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
