@@ -4694,10 +4694,13 @@ class Program:
             self.popen.stderr.close()
 
     def line(self):
-        text = self.popen.stdout.readline()
-        if not text:
-            raise AssertionError("no more output; on stderr: " + self.popen.stderr.read())
-        return text.rstrip("\n")
+        text = b""
+        while not text.endswith(b"\n"):         # not with readline(): output() would not see what that has read ahead
+            byte = os.read(self.popen.stdout.fileno(), 1)
+            if not byte:
+                raise AssertionError("no more output; on stderr: " + self.popen.stderr.read())
+            text += byte
+        return text[:-1].decode()
 
     def numbers(self):
         return [int(word) for word in self.line().split()]
