@@ -6524,11 +6524,13 @@ class Patient(Worker):
                 flag.set()
                 os._exit(0)
             sys.exit(3) if how == "exit" else received.append(number)
-        received = []
+        received, (reader, writer) = [], os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)            # pause() would not notice a signal just before it
         signal.signal(signal.SIGTERM, handle)
         began.set()
         while not received:
-            signal.pause()
+            os.read(reader, 1)
         return "cleaned up"
 
 
@@ -7668,6 +7670,7 @@ def interrupted_and_going_on(case):
             lambda: signal.getsignal(signal.SIGINT) is not signal.SIG_IGN).result())
     ''', start_new_session=True)
     program.line()
+    wait_until_asleep(program.popen.pid)
     os.killpg(program.popen.pid, signal.SIGINT)
     case.assertEqual(program.output(), ("True\n", ""))
     check_gone(case, pids)
