@@ -3397,7 +3397,8 @@ class _Backend:
     def stopped(self, call, why, started):
         """Return the error of a call whose worker is ended before its time."""
         when = {True: "in the middle of this call", False: "before it began this call", None: "before this call's end"}
-        return WorkerDiedError(f"{self.name} {why}, {when[started]}", self.name, call.method, started=started)
+        return WorkerDiedError(f"{self.name} {why}, {when[started]}", self.name, call.method, started=started,
+                               deaths=call.deaths)
 
     def rest(self):
         """Be told that an on-demand worker has nothing to do."""
@@ -5385,7 +5386,7 @@ _STARTS = 3             # in a row that failed, and the worker is given up
 class _Place:
     """Stand, in a pickled call, for the result of a future that is not done yet."""
 
-    values = ()                 # in the worker: the results for the call that is being loaded
+    values = ()                 # in the worker: the results for the call that comes next, pickled until that is loaded
 
     def __init__(self, index):
         self.index = index
@@ -5493,10 +5494,7 @@ def _serve(connection, runner):
         answer = _answer(runner, data, buffers)
         _upstream.send(_message(*answer, int((time.perf_counter() - began) * 1e6)))
     elif kind == _VALUES:
-        try:
-            _Place.values = _load(data, buffers)
-        except BaseException as error:
-            _Place.values = _Unloadable(error)
+        _Place.values = data, buffers       # loaded with the call, which has begun then
     elif kind == _SHARED:
         number, size = _loads(data)
         _Shared.functions[number] = size, buffers
@@ -5505,20 +5503,12 @@ def _serve(connection, runner):
             _Shared.functions.pop(number, None)
 
 
-class _Unloadable:
-    """Values that could not be loaded: the call that wants them says why."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __getitem__(self, index):
-        raise self.error
-
-
 def _answer(runner, data, buffers):
     """Carry out a call; return the kind and the content of the answer."""
     pickle = _pickle()
     try:
+        if _Place.values:
+            _Place.values = _load(*_Place.values)
         method, args, kwargs = _load(data, buffers)
     except BaseException as error:
         return _RAISED if isinstance(error, _PoolWhileImporting) else _NOT_LOADED, _dump_error(error)

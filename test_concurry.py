@@ -8142,6 +8142,9 @@ FAULTS = [
         r"result_with\(\).*ZeroDivisionError: while loading", check=lambda e: isinstance(e.__cause__, ZeroDivisionError))),
     Fault(9, "argument whose loading exits", PROCESS, a_call(
         lambda h: h.give(ExitsWhenLoaded()), WorkerDiedError, r"exit code 4.*give\(\)", deaths=1)),
+    Fault(9, "dependency whose loading exits", PROCESS, a_call(
+        lambda h: h.give(done_future(result=ExitsWhenLoaded())), WorkerDiedError, r"exit code 4.*give\(\)", deaths=1,
+        check=lambda e: e.started)),
     Fault(10, "exception with needs", PROCESS, a_call(
         lambda h: h.throw_picky(), RemoteError, "Picky: the original text", "in throw_picky",
         check=lambda e: e.type_name.endswith("Picky") and "in throw_picky" in e.traceback)),
