@@ -6082,7 +6082,11 @@ class _ProcessBackend(_Backend):
             self._end()
             return
         if not (had_begun or link.has_begun or link.is_broken):
-            self._failed_to_start(self.cause or _death_at_start(self.name, pid, exitcode))
+            self._failed_to_start(self.cause or _death_at_start(self.name, pid, exitcode, link.is_built))
+            return
+        if self.is_spent and not self.queue:        # nobody would use another one
+            self._end()
+            self.pool.dismiss(self)
             return
         logger.warning("%s (pid %d) died, exit code %s: its state is lost, a new process takes its place",
                        self.name, pid, exitcode)
@@ -6094,7 +6098,7 @@ class _ProcessBackend(_Backend):
         if not self.started.done():
             _settle(self.started, _ERROR, error)
         elif self.failures < _STARTS and not self.is_finishing:
-            logger.warning("%s did not start (%s), and is started again", self.name, error)
+            logger.warning("%s failed before its first call (%s): it is started again", self.name, error)
             self.pool.restarts += 1
             self._launch()
             return
@@ -6156,8 +6160,8 @@ class _ProcessBackend(_Backend):
         _settle(self.ended, _RESULT, None)
 
 
-def _death_at_start(name, pid, exitcode):
-    text = f"{name} (pid {pid}) died {_ending(exitcode)}, before it was built"
+def _death_at_start(name, pid, exitcode, was_built=False):
+    text = f"{name} (pid {pid}) died {_ending(exitcode)}, before it {'began a call' if was_built else 'was built'}"
     return WorkerDiedError(text, name, None, pid, exitcode, started=False)
 
 
@@ -6993,7 +6997,7 @@ class _Pool:
         self._see_them_end(deadline, why)
         for call in running:            # of a process that even KILL does not end at once
             if call.backend is not None and call in self.calls:
-                _settle(call.future, _ERROR, call.backend.stopped(call, why, None))
+                _settle(call.future, _ERROR, call.backend.stopped(call, why, True if call.deaths else None))
 
     def _see_them_end(self, deadline, why):
         """Wait for the workers; kill those that are late; warn of what cannot be killed."""

@@ -6473,6 +6473,11 @@ class Patient(Worker):
                 os._exit(3)
         return "survived"
 
+    def exit_until_then_wait(self, path, times, began):
+        self.exit_until(path, times)
+        began.set()
+        signal.pause()
+
     def kill(self, number):
         os.kill(os.getpid(), number)
         signal.pause()
@@ -6545,7 +6550,9 @@ class Fragile(Worker):
                     return
         if isinstance(how, int):
             os._exit(how)
-        raise how
+        if not isinstance(how, Moment):
+            raise how
+        how.arm()
 
     def exit(self, code=5):
         os._exit(code)
@@ -7311,7 +7318,8 @@ def a_constructor_exits(case):
 
 def no_replacement_starts(case):
     """After three starts in a row the worker is given up: all that is pending or comes fails, or goes to the others."""
-    for how, kind, text in ((KeyError("again"), KeyError, "again"), (6, WorkerDiedError, "exit code 6")):
+    for how, kind, text in ((KeyError("again"), KeyError, "again"), (6, WorkerDiedError, "exit code 6.*before it was built"),
+                            (Moment("recv", 1), WorkerDiedError, "SIGKILL.*before it began a call")):
         with case.log_of() as logs:
             path = os.path.join(case.folder(), "starts")
             handle = case.make(Fragile, how, path, case.size)
@@ -7336,6 +7344,37 @@ def a_call_kills_each_worker(case):
         futures = [handle.exit(n) for n in range(5 * case.size)]
         case.assertEqual([future.exception(SAFETY).exitcode for future in futures], list(range(5 * case.size)))
         case.check_pool(handle, restarts=5 * case.size)
+
+
+def on_demand_workers_die(case):
+    """Each was made for one call: another one is made only for a call that is run again."""
+    with case.log_of() as logs:
+        for crash_retries in (0, 1):
+            path = os.path.join(case.folder(), "starts")
+            with case.make(Fragile, 0, path, 100, on_demand=True, crash_retries=crash_retries) as handle:
+                futures = [handle.exit(n) for n in range(3 * case.size)]
+                case.assertEqual({len(future.exception(SAFETY).deaths) for future in futures}, {1 + crash_retries})
+            case.assertEqual(len(open_and_read(path)), 3 * case.size * (1 + crash_retries))
+            case.assertEqual(handle.get_pool_stats()["restarts"], 3 * case.size * crash_retries)
+    case.assertEqual(len(logs.output), 3 * case.size)
+
+
+def stopped_while_a_call_is_run_again(case):
+    """It is not run a third time; the error tells both deaths."""
+    with case.log_of():
+        handle, path = case.make(Patient, crash_retries=5), os.path.join(case.folder(), "log")
+        begun = [case.flag() for _ in range(case.size)]
+        futures = [handle.exit_until_then_wait(path, case.size, began) for began in begun]
+        for began in begun:
+            began.wait()
+        handle.stop(0)
+        for future in futures:
+            error = future.exception(0)
+            case.assertEqual((type(error), error.started), (WorkerDiedError, True))
+            case.assertIn("stopped after 0 s", str(error))
+        # Which of them the first so many deaths hit is not said.
+        case.assertEqual(sum(len(future.exception().deaths) for future in futures), 2 * case.size)
+        case.assertEqual(len(open_and_read(path)), 2 * case.size)
 
 
 def killed_while_it_holds_limits(case):
@@ -8154,6 +8193,7 @@ FAULTS = [
     Fault(12, "constructor exits", BESIDE, a_constructor_exits),
     Fault(13, "no replacement starts", PROCESS, no_replacement_starts),
     Fault(13, "each call kills its worker", PROCESS, a_call_kills_each_worker),
+    Fault(13, "on demand", PROCESS, on_demand_workers_die),
     Fault(14, "holding limits", PROCESS, killed_while_it_holds_limits),
     Fault(15, "asking for limits", PROCESS, killed_while_it_asks_for_limits),
     Fault(15, "waiting for limits", PROCESS, killed_while_it_waits_for_limits),
@@ -8164,6 +8204,7 @@ FAULTS = [
     Fault(17, "stop in a call", ("sync", "thread", "asyncio"), stopped_by_a_call_of_its_own),
     Fault(18, "never returns", BESIDE, stopped_while_a_call_never_returns),
     Fault(18, "cleans up", PROCESS, stopped_while_a_call_cleans_up),
+    Fault(18, "run again", PROCESS, stopped_while_a_call_is_run_again),
     Fault(19, "exit, idle", MODES, exit_with_idle_workers),
     Fault(20, "exit, pending", MODES, exit_with_pending_calls),
     Fault(21, "Ctrl-C", BESIDE, interrupted),
