@@ -6076,7 +6076,8 @@ class _ProcessBackend(_Backend):
 
     def _succeed(self, link, pid, exitcode, had_begun):
         """Decide what comes after a process that has ended."""
-        if self.is_finishing and not any(call in self.calls for call in self.queue):
+        is_wanted = any(call in self.calls for call in self.queue)
+        if self.is_finishing and not is_wanted:
             if not self.started.done():
                 _settle(self.started, _ERROR, self.cause or _death_at_start(self.name, pid, exitcode))
             self._end()
@@ -6084,7 +6085,7 @@ class _ProcessBackend(_Backend):
         if not (had_begun or link.has_begun or link.is_broken):
             self._failed_to_start(self.cause or _death_at_start(self.name, pid, exitcode, link.is_built))
             return
-        if self.is_spent and not self.queue:        # nobody would use another one
+        if self.is_spent and not is_wanted:
             self._end()
             self.pool.dismiss(self)
             return
