@@ -1,7 +1,7 @@
-"""Run the same few lines on threads, processes or an event loop.
+"""Run the same few lines on threads, processes, an event loop or a Ray cluster.
 
-    handle.method(*args)                            worker: thread, process, loop
-    ---------------------------------------         --------------------------------
+    handle.method(*args)                            worker: thread, process, loop, actor
+    ---------------------------------------         ------------------------------------
     futures among the arguments: wait, then         Runner: the user's object, its limits
     Pool: a place in the queue, a worker                    at hand; calls the method,
     Backend.submit(call)  ------- call ----------->         again if need be, drives a
@@ -29,8 +29,8 @@ Functions, on a pool of workers:
     ...     list(pool.map(lambda x: x * x, range(5)))
     [0, 1, 4, 9, 16]
 
-Change "thread" to "process", "asyncio" or "sync" and nothing else. The file needs nothing but
-Python (3.9 or newer) and may be copied into a project, under any name.
+Change "thread" to "process", "asyncio", "sync" or "ray" and nothing else. The file needs nothing but
+Python (3.9 or newer; and Ray for that mode) and may be copied into a project, under any name.
 """
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "as_completed", "async_gather", "async_wait", "gather", "global_config", "task", "temp_config", "wait",
     "worker", "wrap_future",
 ]
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 import atexit
 import bisect
@@ -107,6 +107,7 @@ class ExecutionMode(_Choice):
     Threads = "thread", "threads", "threading"
     Processes = "process", "processes", "proc", "procs"
     Asyncio = "asyncio", "async", "asynchronous"
+    Ray = ("ray",)
 
 
 class LoadBalancingAlgorithm(_Choice):
@@ -242,6 +243,11 @@ def _seconds(value):
     return number
 
 
+def _amount(value):
+    number = _seconds(value)
+    return int(number) if number == int(number) else number
+
+
 def _choice(kind):
     return (lambda value: value if isinstance(value, kind) else kind(value)), kind._choices()
 
@@ -270,6 +276,13 @@ _RETRY_OPTIONS = {
     "retry_jitter": _by_method(_share, "a number from 0 to 1"),
     "retry_until": _by_method(lambda value: _read_validators(value), "callables, one or a list, or None"),
 }
+# Of Ray's actors; others go into actor_options.
+_RAY_OPTIONS = {
+    "num_cpus": (_amount, "a number from 0"),
+    "num_gpus": (_amount, "a number from 0"),
+    "resources": (lambda value: dict(value), "a dict of amounts by name"),
+    "memory": (_amount, "a number of bytes from 0"),
+}
 # Every option: how its value is read, and what is expected in words.
 _OPTIONS = {
     "mode": _choice(ExecutionMode),
@@ -282,6 +295,8 @@ _OPTIONS = {
     "limits": (lambda value: _read_limits(value), "a LimitSet, a LimitPool, or a list of limits or of LimitSets"),
     "mp_context": _choice(_StartMethod),
     "on_demand_linger": (_seconds, "a number of seconds from 0"),
+    **_RAY_OPTIONS,
+    "actor_options": (lambda value: dict(value or {}), "a dict of Ray's options for actors"),
     "crash_retries": _whole(0, none=False),
     **_RETRY_OPTIONS,
     "retry_config": (lambda value: _read_config(value), "a RetryConfig, or None"),
@@ -371,11 +386,13 @@ class _Config:
             unwrap_futures=True, limits=None, stop_timeout=30.0, crash_retries=0,
             num_retries=0, retry_on=[Exception], retry_algorithm=RetryAlgorithm.Exponential, retry_wait=1.0,
             retry_max_wait=60.0, retry_jitter=1.0, retry_until=None, retry_config=None,
+            num_cpus=None, num_gpus=None, resources=None, memory=None, actor_options={},
             mp_context=_StartMethod.Forkserver if hasattr(os, "fork") else _StartMethod.Spawn)
         self.sync = _Settings("sync")
         self.asyncio = _Settings("asyncio")
         self.thread = _Settings("thread", max_workers=24, max_queued_tasks=100)
         self.process = _Settings("process", max_workers=4, max_queued_tasks=5)
+        self.ray = _Settings("ray", max_workers=0, max_queued_tasks=2)
 
     def __setattr__(self, name, value):
         if not isinstance(value, _Settings):
@@ -459,6 +476,8 @@ class _Options(types.SimpleNamespace):
             size = 1
         elif size is None:
             size = defaults["max_workers"] if sized or on_demand else 1
+        if size == 0 and mode is ExecutionMode.Ray and (on_demand or given.get("max_workers") is None):
+            size = float("inf") if on_demand else None      # None: the CPUs of the cluster, once it is asked
         if size == 0:
             if not on_demand:
                 raise ValueError("max_workers=0 is not possible: a whole number from 1 (0 is for on_demand=True)")
@@ -501,7 +520,10 @@ class _Here(threading.local):
     kept = None                 # by token: limit sets that have to live on because they were pickled
     passed = None               # descriptors that go along with what this thread pickles
     is_loading = False          # a worker process loads what its parent sent
+    refs = None                 # ObjectRefs and actors that travel beside what this thread pickles, or loads, ...
+    dependencies = ()           # ... and those that Ray replaces by what they stand for
     reader = None               # on the reader's thread: the reader
+    divert = None               # has somebody else run done-callbacks: they may wait, and this thread may not
 
 
 _here = _Here()
@@ -532,6 +554,9 @@ def _sleep_on(lock, timeout):
 
 def _run_callback(callback, future):
     """Run the user's callback; whatever it raises is logged and goes no further."""
+    if _here.divert is not None:
+        _here.divert(_run_callback, callback, future)
+        return
     _here.callbacks += 1
     try:
         callback(future)
@@ -653,6 +678,10 @@ class BaseFuture(concurrent.futures.Future):
             import asyncio
             raise asyncio.CancelledError()
         return self.result()
+
+    def _known(self):
+        """Return the outcome that is there."""
+        return self._outcome
 
     def _wait(self, timeout):
         """Sleep until the outcome is there, and return it."""
@@ -812,6 +841,18 @@ def _is_future(x):
     return isinstance(x, concurrent.futures.Future) or _is_foreign_future(x)
 
 
+def _is_ref(kind):
+    """Tell the type of Ray's ObjectRefs, without importing Ray for it."""
+    return kind.__module__ == "ray" and kind.__name__ == "ObjectRef"
+
+
+def _wrap_refs(values):
+    """Return the values as a list, with futures in the places of ObjectRefs."""
+    if "ray" not in sys.modules:
+        return list(values)
+    return [wrap_future(x) if _is_ref(type(x)) else x for x in values]
+
+
 def _in_own_loop(future):
     import asyncio
     return asyncio._get_running_loop() is future.get_loop()
@@ -844,20 +885,28 @@ def _forget_when_done(future, fn):
 def _outcome_of(future):
     """Return the (kind, value) of a done future of any kind."""
     if isinstance(future, BaseFuture):
-        return future._outcome
+        return future._known()
     if future.cancelled():
         return _CANCELLED, None
     error = future.exception()
     return (_RESULT, future.result()) if error is None else (_ERROR, error)
 
 
+def _kind_of(future):
+    """Return how a done future of any kind has ended; its result need not come here for that."""
+    return (future._outcome if isinstance(future, BaseFuture) else _outcome_of(future))[0]
+
+
 def wrap_future(future):
-    """Return a BaseFuture that ends as the given concurrent or asyncio future does.
+    """Return a BaseFuture that ends as the given concurrent or asyncio future does, or as Ray's ObjectRef.
 
     Cancelling it cancels the original. A BaseFuture is returned as it is; TypeError for anything else.
+    Waiting for an ObjectRef brings its object to this machine.
     """
     if isinstance(future, BaseFuture):
         return future
+    if _is_ref(type(future)):
+        return _of_ref(future)
     if not _is_future(future):
         raise TypeError(f"a future is needed, not {type(future).__name__}")
     ours = BaseFuture()
@@ -891,11 +940,11 @@ def _left(deadline):
 
 
 def _failed(future):
-    return _outcome_of(future)[0] is _ERROR
+    return _kind_of(future) is _ERROR
 
 
 def _has_no_result(future):
-    return _outcome_of(future)[0] is not _RESULT
+    return _kind_of(future) is not _RESULT
 
 
 class _Bell:
@@ -1024,10 +1073,11 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED):
     """Wait until the futures are done, or the first of them, or the first that raised.
 
     `fs` holds futures of any kind; `timeout` is in seconds, None: for ever. Returns the named tuple
-    (done, not_done) of sets, as concurrent.futures.wait does; a timeout is not an error. RuntimeError
-    for an asyncio future of the loop that runs in this thread.
+    (done, not_done) of sets, as concurrent.futures.wait does; a timeout is not an error. In them a Ray
+    ObjectRef is the future of `wrap_future`. RuntimeError for an asyncio future of the loop that runs
+    in this thread.
     """
-    fs = set(_several(fs))
+    fs = set(_wrap_refs(_several(fs)))
     for future in fs:
         _check_waitable(future)
     return _run(_settled_of(fs, ReturnWhen(return_when)), timeout)
@@ -1038,7 +1088,7 @@ async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED):
 
     A coroutine is run as a task, and the task is in the sets.
     """
-    fs = set(map(_as_future, _several(fs)))
+    fs = set(map(_as_future, _wrap_refs(_several(fs))))
     for future in fs:
         if not _is_future(future):
             raise TypeError(f"a future or coroutine is needed, not {type(future).__name__}")
@@ -1101,7 +1151,7 @@ def as_completed(fs, timeout=None):
 
     TimeoutError when something is still missing `timeout` seconds after the call (None: never).
     """
-    fs = dict.fromkeys(_several(fs))
+    fs = dict.fromkeys(_wrap_refs(_several(fs)))
     for future in fs:
         _check_waitable(future)
     return _finished(_in_time(_as_they_finish(fs), timeout, _deadline(timeout)))
@@ -1114,7 +1164,7 @@ class _Gathering:
         if len(given) == 1 and _is_collection(given[0]):
             given = given[0]
         self.keys = list(given) if isinstance(given, dict) else None
-        self.values = list(given.values() if isinstance(given, dict) else given)
+        self.values = _wrap_refs(given.values() if isinstance(given, dict) else given)
         self.return_exceptions = return_exceptions
         self.recurse = recurse
 
@@ -1228,7 +1278,8 @@ def _is_container_type(kind):
 
 
 def _is_future_type(kind):
-    return issubclass(kind, concurrent.futures.Future) or getattr(kind, "_asyncio_future_blocking", None) is not None
+    return issubclass(kind, concurrent.futures.Future) or _is_ref(kind) \
+        or getattr(kind, "_asyncio_future_blocking", None) is not None
 
 
 def _elements(container):
@@ -1254,7 +1305,8 @@ class _Nested:
 
     def __init__(self, root):
         self.root = root
-        self.futures = []
+        self.futures = []                   # each once; an ObjectRef as a future of ours
+        self._found = {}                    # by id: what was found where it stands
         self._holders = {}                  # id of what holds a future somewhere -> itself
         homes = {}                          # id of a future or container -> the containers it stands in
         seen, todo = {id(root)}, [root]
@@ -1268,8 +1320,12 @@ class _Nested:
                     homes.setdefault(id(x), []).append(container)
                     if id(x) not in seen:
                         seen.add(id(x))
-                        (self.futures if kinds[type(x)] else todo).append(x)
-        todo = list(self.futures)
+                        if kinds[type(x)]:
+                            self._found[id(x)] = x
+                        else:
+                            todo.append(x)
+        self.futures = _wrap_refs(self._found.values())
+        todo = list(self._found.values())
         while todo:
             for home in homes.get(id(todo.pop()), ()):
                 if id(home) not in self._holders:
@@ -1278,7 +1334,7 @@ class _Nested:
 
     def rebuilt(self, value_of):
         """Return the root with `value_of(future)` in each future's place; shared parts stay shared."""
-        new = {id(future): value_of(future) for future in self.futures}
+        new = {number: value_of(future) for number, future in zip(self._found, self.futures)}
         growing = [x for x in self._holders.values() if type(x) in (list, dict)]
         for container in growing:           # empty first: a cycle always leads through one of these
             new[id(container)] = type(container)()
@@ -2208,9 +2264,13 @@ class _Desk:
     def attend(self, ticket):
         """Do what the ticket says: give, take back, correct, strike off. From any thread, at any time."""
         with self.lock:
-            if self.is_busy and self._is_within():
-                self.todo.append(ticket)
-                return
+            if self.is_busy:
+                if self.is_far:         # it has moved while this thread waited for the lock
+                    self.attend(ticket)
+                    return
+                if self._is_within():
+                    self.todo.append(ticket)
+                    return
             try:
                 self.is_busy = True
                 now = self.clock()
@@ -2224,11 +2284,33 @@ class _Desk:
             if self.todo:               # left by a handler that came just before
                 self.attend(self.todo.popleft())
 
+    def move(self, token, way):
+        """Go on elsewhere, with all that is held and waited for: who has to do with this desk knows it as an _Away."""
+        with self.lock:
+            if self.is_busy and self._is_within():
+                raise RuntimeError(_INTERRUPTS)
+            self.is_busy = True         # for ever: who waits for the lock sees that it has moved
+            waiting, held = list(self.line), []
+            for ticket in self.held:
+                ticket.home, ticket.number = self, next(way.numbers)
+                there = _Ticket(ticket.wants)
+                there.grants, there.usage, there.counted = ticket.grants, ticket.usage, ticket.counted
+                there.is_granted = True
+                held.append((ticket.number, there))
+            way.open(token, self.states, held, self.clock())
+            for ticket in self.held:
+                ticket.grants = ()
+            self.__dict__.update(vars(_Away(token, way)))
+            self.__class__ = _Away
+        for ticket in (*waiting, *self.todo):
+            ticket.due = math.inf
+            self.attend(ticket)
+
     def _is_within(self):
-        """Tell whether `attend` is being carried out further up this stack: it may have been left by an exception."""
+        """Tell whether the desk is at work further up this stack: that may have been left by an exception."""
         frame = sys._getframe(2)
         while frame is not None:
-            if frame.f_code is _Desk.attend.__code__ and frame.f_locals["self"] is self:
+            if frame.f_code in (_Desk.attend.__code__, _Desk.move.__code__) and frame.f_locals["self"] is self:
                 return True
             frame = frame.f_back
         return False
@@ -2370,6 +2452,8 @@ class _Desk:
 
     def stats(self):
         with self.lock:
+            if self.is_busy and self.is_far:
+                return self.stats()
             if self.is_busy and self._is_within():
                 raise RuntimeError(_INTERRUPTS)
             now, waiting = self.clock(), collections.Counter(key for ticket in self.line for key in ticket.wants)
@@ -2411,8 +2495,9 @@ class LimitSet:
     >>> limits.get_stats()["tokens"]["in_use"]
     312
 
-    Threads, event loops and worker processes may use one set at the same time: it lives where it
-    was made, and processes that it was given to ask there. Who has to wait is served in order of
+    Threads, event loops, worker processes and Ray workers may use one set at the same time: it lives where it
+    was made, and processes that it was given to ask there. Once it is given to a Ray worker it lives in an
+    actor, and everybody asks there. Who has to wait is served in order of
     arrival, however much he wants; nothing polls. A worker process that dies gives back what it held.
     A set that went to a process with a call lives at least as long as that pool.
 
@@ -2609,7 +2694,8 @@ class LimitSet:
             return _limits_for_worker, (None,)
         if _here.kept is not None:
             _here.kept[self._token] = self
-        return _limit_set, (self._token, tuple(self._limits.values()), dict(self.config))
+        keeper = () if _here.refs is None or not self._limits else (_keeper_of(self),)
+        return _limit_set, (self._token, tuple(self._limits.values()), dict(self.config), *keeper)
 
 
 class _Acquisition:
@@ -2990,6 +3076,7 @@ class _Call:
     gate = None                 # a lock that the thread which submits it sleeps on
     message = None              # where it goes to a process: the parts of its message ...
     shared = None               # ... the function that has to be there first, ...
+    dependencies = ()           # ... to Ray: ObjectRefs of what it brings itself, ...
     link = None                 # ... where it was sent, ...
     deaths = ()                 # ... and the processes that died while they ran it
     task = None                 # the asyncio task that carries it out
@@ -3009,7 +3096,7 @@ class _Call:
         """Return what the call fails with if nobody takes it any more: the cause, or what it has died of before."""
         if not self.deaths:
             return cause
-        error = _death_in(self)
+        error = self.pool.kind.death_in(self)
         error.__cause__ = cause
         return error
 
@@ -3351,15 +3438,25 @@ class _Backend:
     prepares = False                # calls are pickled when they are submitted
     can_be_killed = True
     is_spent = False                # it was made for one call and has had it
+    future = BaseFuture             # of a call to it
 
     @staticmethod
     def set_up(recipe, options):
         """Return what each worker needs to be built, once for all."""
 
     @staticmethod
+    def tear_down(pool):
+        """End what was set up: no worker is left."""
+
+    @staticmethod
     def shared(fn):
         """Return what stands for a function in many calls."""
         return fn
+
+    @staticmethod
+    def value_of(future):
+        """Return the result of a dependency, or raise what became of loading it."""
+        return _result_of(*_outcome_of(future))
 
     def __init__(self, pool, index):
         self.pool = pool
@@ -3745,6 +3842,27 @@ class _AsyncioBackend(_Backend):
                 return _ERROR, error
             # Its object is gone: the worker was killed between two attempts.
             return _ERROR, self.stopped(call, "was stopped between two attempts", True)
+
+
+class _OnDemand:
+    """A worker elsewhere that is made for one call; one for functions stays until it has been idle for a moment."""
+
+    def submit(self, call):
+        self.is_spent = self.pool.recipe.cls is not TaskWorker
+        super().submit(call)
+
+    def rest(self):
+        self.reader.post(self._rest, self.total)
+
+    def _rest(self, total):
+        if self.is_spent:
+            self._leave(total)
+        else:
+            self.reader.later(self.pool.options.on_demand_linger, lambda: self._leave(total))
+
+    def _leave(self, total):
+        if total == self.total and not self.is_finishing:
+            self.pool.dismiss(self)
 
 
 # === What travels ===
@@ -4474,6 +4592,8 @@ _reducers = {
     property: _reduce_property,
     functools.cached_property: _reduce_cached_property,
     type(functools.lru_cache(_ignore)): _reduce_cache,
+    ("ray", "ObjectRef"): lambda pickler, ref: _reduce_ref(ref),
+    ("ray.actor", "ActorHandle"): lambda pickler, actor: _reduce_ref(actor),
     ("typing", "TypeVar"): _reduce_type_variable,
     ("typing", "ParamSpec"): _reduce_type_variable,
     ("typing", "TypeVarTuple"): _reduce_type_variable,
@@ -5444,7 +5564,7 @@ def _worker_main(connection):
         kind, _, data, buffers = _receive(connection)
         try:
             if recipe is None:
-                recipe = _load(data, buffers)
+                recipe = _load(_loads, data, buffers)
             elif isinstance(recipe.limits, LimitPool):
                 recipe.limits = copy.copy(recipe.limits)        # with a round of its own
             global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
@@ -5477,11 +5597,11 @@ def _settle_in(path, directory, environment, arguments):
         pass
 
 
-def _load(data, buffers):
+def _load(loads, *args):
     """Load what the parent sent; a pool that an imported module makes meanwhile is refused."""
     _here.is_loading = True
     try:
-        return _loads(data, buffers)
+        return loads(*args)
     finally:
         _here.is_loading = False
 
@@ -5505,16 +5625,24 @@ def _serve(connection, runner):
 
 def _answer(runner, data, buffers):
     """Carry out a call; return the kind and the content of the answer."""
-    pickle = _pickle()
     try:
         if _Place.values:
-            _Place.values = _load(*_Place.values)
-        method, args, kwargs = _load(data, buffers)
+            _Place.values = _load(_loads, *_Place.values)
+        method, args, kwargs = _load(_loads, data, buffers)
     except BaseException as error:
-        return _RAISED if isinstance(error, _PoolWhileImporting) else _NOT_LOADED, _dump_error(error)
+        return _not_loaded(error)
     finally:
         _Place.values = ()
-    kind, value = contextvars.Context().run(_outcome_here, runner, method, args, kwargs)
+    return _answer_of(method, *contextvars.Context().run(_outcome_here, runner, method, args, kwargs))
+
+
+def _not_loaded(error):
+    return _RAISED if isinstance(error, _PoolWhileImporting) else _NOT_LOADED, _dump_error(error)
+
+
+def _answer_of(method, kind, value):
+    """Return the kind and the content of the answer to a call."""
+    pickle = _pickle()
     if kind is _ERROR:
         return _RAISED, _dump_error(value)
     try:
@@ -6038,7 +6166,7 @@ class _ProcessBackend(_Backend):
         for call in begun:
             call.deaths += (self.name, pid, exitcode),
             if call not in again:
-                self._fail(call, self.stopped(call, self.killed, True) if self.killed else _death_in(call))
+                self._fail(call, self.stopped(call, self.killed, True) if self.killed else self.death_in(call))
         while self.killed and self.queue:
             call = self.queue.popleft()
             self._fail(call, self.stopped(call, self.killed, bool(call.deaths)))
@@ -6049,6 +6177,16 @@ class _ProcessBackend(_Backend):
     def _may_run_again(self, call):
         return (len(call.deaths) < self.pool.options.crash_retries and call in self.calls
                 and not self.killed and not self.pool.is_stopped)
+
+    @staticmethod
+    def death_in(call):
+        """Return the error of a call whose process has died, perhaps not for the first time."""
+        *before, (name, pid, exitcode) = call.deaths
+        text = f"{name} (pid {pid}) died {_ending(exitcode)}, while it ran {call.method}()"
+        if before:
+            text += "; before, in the same call, died " + ", ".join(
+                f"{name} (pid {pid}) {_ending(exitcode)}" for name, pid, exitcode in before)
+        return WorkerDiedError(text, name, call.method, pid, exitcode, started=True, deaths=call.deaths)
 
     def _fail(self, call, error):
         self.reader.todo.append((_settle, (call.future, _ERROR, error)))
@@ -6164,16 +6302,6 @@ class _ProcessBackend(_Backend):
 def _death_at_start(name, pid, exitcode, was_built=False):
     text = f"{name} (pid {pid}) died {_ending(exitcode)}, before it {'began a call' if was_built else 'was built'}"
     return WorkerDiedError(text, name, None, pid, exitcode, started=False)
-
-
-def _death_in(call):
-    """Return the error of a call whose process has died, perhaps not for the first time."""
-    *before, (name, pid, exitcode) = call.deaths
-    text = f"{name} (pid {pid}) died {_ending(exitcode)}, while it ran {call.method}()"
-    if before:
-        text += "; before, in the same call, died " + ", ".join(
-            f"{name} (pid {pid}) {_ending(exitcode)}" for name, pid, exitcode in before)
-    return WorkerDiedError(text, name, call.method, pid, exitcode, started=True, deaths=call.deaths)
 
 
 def _ending(exitcode):
@@ -6294,25 +6422,8 @@ def _loading_error(what, call, cause):
     return error
 
 
-class _OnDemandProcessBackend(_ProcessBackend):
+class _OnDemandProcessBackend(_OnDemand, _ProcessBackend):
     """A process for one call; for a TaskWorker, which has no state, until it has been idle for a moment."""
-
-    def submit(self, call):
-        self.is_spent = self.pool.recipe.cls is not TaskWorker
-        super().submit(call)
-
-    def rest(self):
-        self.reader.post(self._rest, self.total)
-
-    def _rest(self, total):
-        if self.is_spent:
-            self._leave(total)
-        else:
-            self.reader.later(self.pool.options.on_demand_linger, lambda: self._leave(total))
-
-    def _leave(self, total):
-        if total == self.total and not self.is_finishing:
-            self.pool.dismiss(self)
 
 
 def _parent_state():
@@ -6338,29 +6449,913 @@ class _PoolWhileImporting(RuntimeError):
     """A module makes worker processes when a worker process imports it: that would never end."""
 
 
-# === Limits across processes ===
+# === Backend: ray ===
+
+# One actor per worker. Ray carries the calls, their results and the news of deaths; between machines there
+# is nothing of ours. What is said is said by pickles of ours all the same, so that the same things can
+# travel as to a process. The actor's class holds no more than what loads this very module: that travels
+# by value, so that no machine of the cluster needs to have it.
+#
+# A result stays in Ray's store until it is asked for: a call returns a small status and, apart from it, what
+# is large. The status tells that the call has ended, and moves nothing else.
+
+_SOON = 20_000          # microseconds: of quick calls as many are handed over as take so long together, ...
+_MOST_AHEAD = 256       # ... so many at most: they are lost when the actor dies, but save waiting for each
+_STATUS = struct.Struct("<BI")      # kind of answer, microseconds; a small result follows
+
+
+def _ray():
+    """Return the package; raise ImportError if it is not there, RuntimeError if it is not started."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("mode 'ray' needs the package ray: pip install ray") from error
+    if not ray.is_initialized():
+        raise RuntimeError("mode 'ray' needs a running Ray: call ray.init() first; ray.init(address='auto') on a "
+                           "machine of a cluster")
+    return ray
+
+
+# What Ray carries
+
+def _packed(portable, refs=()):
+    """Return what was pickled as Ray carries it fast: bytes, or a list with the buffers, and with ObjectRefs that Ray
+    has to know of.
+    """
+    data, buffers = portable
+    if not (buffers or refs):
+        return data
+    pickle = _pickle()
+    return [data, bytes(buffer.readonly for buffer in buffers), refs, *map(pickle.PickleBuffer, buffers)]
+
+
+def _unpacked(packed):
+    """Load it. Buffers are copied out of Ray's store: there an array could not be written to, as it can elsewhere."""
+    if type(packed) is bytes:
+        return _loads(packed)
+    data, are_readonly, refs, *buffers = packed
+    around, _here.refs = _here.refs, refs
+    try:
+        return _loads(data, [(bytes if is_readonly else bytearray)(buffer)
+                             for is_readonly, buffer in zip(are_readonly, buffers)])
+    finally:
+        _here.refs = around
+
+
+def _reduce_ref(ref):
+    """Have an ObjectRef or an actor travel beside the pickle, so that Ray knows who has it."""
+    if _here.refs is None:
+        return NotImplemented
+    _here.refs.append(ref)
+    return _ref_at, (len(_here.refs) - 1,)
+
+
+def _ref_at(index):
+    return _here.refs[index]
+
+
+class _Remote:
+    """The result of a call, not loaded: pickled bytes, or an ObjectRef of what is large.
+
+    In a call to another Ray worker it travels as that ObjectRef, and Ray brings the data from where it is.
+    """
+
+    def __init__(self, method, packed, ref=None, is_ours=True):
+        self.method = method
+        self.packed = packed
+        self.ref = ref
+        self.is_ours = is_ours          # else the ref is the user's, and of what it is
+
+    def load(self, timeout=None):
+        """Return (kind, value); TimeoutError."""
+        try:
+            if self.ref is None:
+                return _RESULT, _unpacked(self.packed)
+            ray = sys.modules["ray"]
+            if not ray.is_initialized():    # it would start itself
+                return _ERROR, RuntimeError(f"the result of {self.method}() was in Ray's store when Ray was shut down")
+            value = ray.get(self.ref, timeout=timeout)
+            return _RESULT, _unpacked(value) if self.is_ours else value
+        except BaseException as cause:
+            ray = sys.modules["ray"]
+            if isinstance(cause, ray.exceptions.GetTimeoutError):
+                raise _timeout(f"the result has not come within {timeout} seconds") from None
+            if isinstance(cause, ray.exceptions.RayError):
+                return _ERROR, _inner_error(cause)
+            return _ERROR, _loading_error("result", self, cause)
+
+    def __reduce__(self):
+        if self.ref is None:
+            return _unpacked, (self.packed,)
+        _here.dependencies.append(self.ref)
+        return _dependency, (len(_here.dependencies) - 1, self.is_ours)
+
+
+def _dependency(index, is_ours):
+    value = _here.dependencies[index]
+    return _unpacked(value) if is_ours else value
+
+
+def _inner_error(error):
+    """Return the exception of the user's own that Ray has wrapped, or Ray's."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+class _RayFuture(BaseFuture):
+    """A future whose result stays where it is until somebody asks for it."""
+
+    def perish(self, error):
+        """Fail: the reader, which was to tell of its end, has failed."""
+        _settle(self, _ERROR, error)
+
+    def lose_ray(self):
+        self.perish(sys.modules["ray"].exceptions.RayError("Ray was shut down"))
+
+    def result(self, timeout=None):
+        """Do as in BaseFuture; the first time the result is loaded, and comes from another machine perhaps."""
+        self._load(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout=None):
+        self._load(timeout)
+        return super().exception(timeout)
+
+    def _known(self):
+        self._load()
+        return self._outcome
+
+    def _load(self, timeout=None):
+        deadline = _deadline(timeout)
+        outcome = self._outcome or self._wait(timeout)
+        if type(outcome[1]) is _Remote:
+            # Who loads first has said what it is: everybody gets the same object.
+            state = self.__dict__
+            loaded = state.get("_loaded") or state.setdefault("_loaded", outcome[1].load(_left(deadline)))
+            gate = state["_gate"]
+            if type(gate) is _Gate:
+                gate.outcome = loaded
+            else:
+                state["_gate"] = loaded
+
+
+def _of_ref(ref):
+    """Return a future that ends as the object does that an ObjectRef stands for."""
+    future = _RayFuture()
+    reader = _reader_for(future)            # whom it wakes may not keep Ray's thread waiting
+    _watch_ray()
+
+    def take(value):
+        if isinstance(value, sys.modules["ray"].exceptions.RayError):
+            _settle(future, _ERROR, _inner_error(value))
+        else:
+            _settle(future, _RESULT, _Remote("the task of Ray", None, ref, is_ours=False))
+
+    def leave(future):
+        reader.backends.discard(future)
+        if future.cancelled():
+            try:
+                _ray().cancel(ref)
+            except Exception:               # it cannot be cancelled
+                pass
+    _attend(future, "_wakers", leave)
+    ref._on_completed(lambda value: reader.post(take, value))
+    return future
+
+
+class _SharedByRay:
+    """A function for many calls: it travels with each of them, and is loaded by each worker once."""
+
+    functions = {}              # in the worker: the latest, by number
+    numbers = itertools.count()
+
+    def __init__(self, fn):
+        self.number = next(self.numbers)
+        self.kept = {}
+        portable, refs = _with_refs(_dumps_keeping, self.kept, fn, lambda: ({"the function": fn},))
+        packed = _packed(_frozen(portable), refs)
+        is_small = type(packed) is bytes and len(packed) < _BUFFER_SIZE
+        self.remote = _Remote("map", packed) if is_small else _Remote("map", None, _ray().put(packed))
+
+    def __reduce__(self):
+        if self.remote.ref is None:
+            return _shared_by_ray, (self.number, self.remote.packed)
+        return _shared_by_ray, (self.number, None, self.remote)
+
+
+def _shared_by_ray(number, packed, loaded=None):
+    functions = _SharedByRay.functions
+    if number not in functions:
+        while len(functions) >= 8:
+            functions.pop(next(iter(functions)), None)
+        functions[number] = _unpacked(packed) if packed is not None else loaded
+    return functions[number]
+
+
+# The worker's side
+
+def _actor_class(name, is_concurrent):
+    """Return a class of actors. Nothing in it leads out of it: it has to travel alone."""
+
+    class Plain:
+        def __init__(self, name, path, code, what, *args):
+            import importlib
+            import marshal
+            import sys
+            import types
+            module = sys.modules.get(name)
+            if not hasattr(module, "_Actor"):
+                sys.modules[name] = module = types.ModuleType(name)
+                module.__file__ = path
+                module._code_here = code
+                exec(marshal.loads(code), vars(module))
+                parts = name.split(".")
+                for package in (".".join(parts[:n]) for n in range(1, len(parts))):
+                    try:
+                        importlib.import_module(package)
+                    except ImportError:         # it is not here: this one stands for it
+                        sys.modules[package] = types.ModuleType(package)
+                        sys.modules[package].__path__ = []
+            self.actor = getattr(module, what)(*args)
+
+        def call(self, *args):
+            return self.actor.call(*args)
+
+        def do(self, name, *args):
+            return getattr(self.actor, name)(*args)
+
+        def beside(self, name, *args):
+            return getattr(self.actor, name)(*args)
+
+    class Async(Plain):
+        async def call(self, *args):
+            return await self.actor.call_async(*args)
+
+        async def do(self, name, *args):
+            done = getattr(self.actor, name)(*args)
+            return await done if hasattr(done, "__await__") else done
+
+        beside = do
+
+    import ray
+    cls = Async if is_concurrent else Plain
+    cls.__name__ = cls.__qualname__ = name      # as ps and the dashboard show it
+    cls.__module__ = "a worker of concurry"     # else it would be looked for in this module
+    cls.call = ray.method(num_returns=2)(cls.call)
+    if is_concurrent:
+        return ray.remote(max_concurrency=1_000_000)(cls)
+    cls.beside = ray.method(concurrency_group="beside")(cls.beside)
+    return ray.remote(concurrency_groups={"beside": 2})(cls)
+
+
+class _Actor:
+    """What the actor's methods come to."""
+
+    def __init__(self, recipe, lineage, index):
+        global _lineage, _worker_index
+        import ray
+        here = ray.get_runtime_context()
+        _lineage, _worker_index = (*lineage, (here.get_actor_id(), here.get_worker_id())), index
+        _let_term_end()
+        self.recipe = recipe
+        self.runner = None
+        self.halt = _Halt()
+        self.beside = None              # a thread for plain methods beside the loop
+
+    def begin(self):
+        """Make the object, in the thread of its methods; return the status."""
+        if self.runner is None:         # else Ray has restarted the actor, and a call was first
+            _here.is_ours = True
+            try:
+                recipe = _load(_unpacked, self.recipe)
+                global_config.__dict__.update(recipe.config.__dict__)
+                self.runner = _Runner(recipe, self.halt, _loop_here())
+                _pin(type(self.runner.target))
+            except BaseException as error:
+                return _status(_NOT_BUILT, _dump_error(_without_our_frame(error)))[0]
+        return _status(_BUILT, (_pickle().dumps((_lineage[-1][1], os.getpid())), ()))[0]
+
+    def watch(self):
+        return _never_end()
+
+    def hurry(self):
+        self.halt.set()
+
+    def call(self, packed, values=None, *dependencies):
+        """Carry out a call; return its status, and the result if it is large."""
+        began = time.perf_counter()
+        failure = self.begin() if self.runner is None else None
+        if self.runner is None:
+            return failure, None
+        call, refusal = self._load(packed, values, dependencies)
+        if call is None:
+            return _status(*refusal)
+        outcome = contextvars.Context().run(_outcome_here, self.runner, *call)
+        (kind, portable), refs = _with_refs(_answer_of, call[0], *outcome)
+        if _ways:
+            _run(_unheard(), None)
+        return _status(kind, (*portable, refs), time.perf_counter() - began)
+
+    async def call_async(self, packed, values=None, *dependencies):
+        """Carry out a call beside others: a coroutine on the loop, anything else on the thread beside it."""
+        began = time.perf_counter()
+        loop, runner = _loop_here(), self.runner
+        if runner is None:
+            failure, runner = self.begin(), self.runner
+            if runner is None:
+                return failure, None
+        call, refusal = self._load(packed, values, dependencies)
+        if call is None:
+            return _status(*refusal)
+        context = contextvars.Context()
+        context.run(_calling.set, runner)
+        if runner.is_async(types.SimpleNamespace(method=call[0], args=call[1])):
+            outcome = await context.run(loop.create_task, runner.outcome_async(*call))
+        else:
+            if self.beside is None:
+                self.beside = concurrent.futures.ThreadPoolExecutor(1, f"{runner.class_name}-plain", _be_ours)
+            outcome = await loop.run_in_executor(self.beside, context.run, runner.outcome, *call)
+        (kind, portable), refs = _with_refs(_answer_of, call[0], *outcome)
+        if _ways:
+            await _run_async(_unheard(), None)
+        return _status(kind, (*portable, refs), time.perf_counter() - began)
+
+    @staticmethod
+    def _load(packed, values, dependencies):
+        """Return the call, or None and the answer that it cannot be loaded."""
+        _here.dependencies = dependencies
+        try:
+            if values is not None:
+                _Place.values = _load(_unpacked, values)
+            return _load(_unpacked, packed), None
+        except BaseException as error:
+            return None, _not_loaded(error)
+        finally:
+            _here.dependencies = _Place.values = ()
+
+    def close(self):
+        """Drop the object; then end the pools of its own, beside the loop, where calls of theirs may end."""
+        if self.beside is not None:
+            self.beside.shutdown()
+        if self.runner is not None:
+            self.runner.close()
+        loop = _loop_here()
+        return loop.run_in_executor(None, _finish_all) if loop else _finish_all()
+
+
+def _let_term_end():
+    """Have SIGTERM end this process: Ray's own handler would let calls end first, and `watch` never does."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).signal(15, None)      # Python's `signal` is for the main thread only
+    except Exception:               # no such library here: TERM ends it when the driver has ended
+        pass
+
+
+def _never_end():
+    """Be a call that is over when the actor is dead."""
+    loop = _loop_here()
+    return loop.create_future() if loop else threading.Event().wait()
+
+
+def _loop_here():
+    """Return the event loop that runs in this thread, or None."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio and asyncio._get_running_loop()
+
+
+def _be_ours():
+    _here.is_ours = True
+
+
+def _status(kind, portable=(b"", ()), seconds=0.0):
+    """Return the two things that a call returns: its status, with a small result in it, and what is large."""
+    head = _STATUS.pack(kind, min(int(seconds * 1e6), 0xffffffff))
+    data, buffers = portable[:2]
+    if kind != _RETURNED:
+        copies = [(bytes if buffer.readonly else bytearray)(buffer) for buffer in buffers]
+        return head + _pickle().dumps((data, copies)), None
+    packed = _packed((data, buffers), *portable[2:])
+    is_small = type(packed) is bytes and len(packed) < _BUFFER_SIZE
+    return (head + packed, None) if is_small else (head, packed)
+
+
+# The driver's side
+
+class _RayBackend(_Backend):
+    """One actor, made again when it dies; calls wait here until it is there and can take them.
+
+    All that is said to Ray is said on a thread of the backend's own. While plain calls are under way it waits
+    for their statuses, in order; else for its inbox. So Ray's own threads are not kept waiting, nor are those of
+    finalizers and signal handlers, which may have interrupted Ray.
+    """
+
+    prepares = True
+    future = _RayFuture
+
+    @staticmethod
+    def set_up(recipe, options):
+        """Return the class of the actors, and what each is made with."""
+        ray = _ray()
+        if options.max_workers is None:
+            options.max_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        coroutines = _async_names(recipe)
+        cls = _actor_class(recipe.cls.__name__, bool(coroutines)).options(**_actor_options(options))
+        portable, refs = _with_refs(_dumps, recipe, lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
+        return cls, (*_own_module(), "_Actor", _packed(_frozen(portable), refs), _lineage), coroutines
+
+    @staticmethod
+    def tear_down(pool):
+        if isinstance(pool.options.limits, (list, tuple)):
+            limits = pool.recipe.limits
+            for each in (limits,) if isinstance(limits, LimitSet) else limits:
+                if each._home.is_far and each._home.way is not None:
+                    each._home.way.forget(each._token)
+
+    @staticmethod
+    def shared(fn):
+        return _SharedByRay(fn)
+
+    @staticmethod
+    def prepare(call):
+        """Pickle the call, in the caller; settle its future and return False if that fails."""
+        args, kwargs = call.args, call.kwargs
+        if args is None or kwargs is None:      # stop() was quicker: it is settled
+            return False
+        call.dependencies = _here.dependencies = []     # a shared function may lie in the store
+        try:
+            portable, refs = _with_refs(_dumps_keeping, call.pool.kept, (call.method, args, kwargs),
+                                        lambda: _call_parts(call.method, args, kwargs))
+        except BaseException as error:
+            _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
+            if not isinstance(error, Exception):
+                raise
+            return False
+        finally:
+            _here.dependencies = ()
+        # No more arguments than needed: each one costs Ray some microseconds.
+        call.message = (_packed(_frozen(portable), refs), *((None,) if call.dependencies else ()))
+        call.args = call.kwargs = None
+        return True
+
+    @staticmethod
+    def value_of(future):
+        return future._outcome[1] if isinstance(future, _RayFuture) else _result_of(*_outcome_of(future))
+
+    @staticmethod
+    def complete(call, values):
+        """Add the results that the call has waited for; what lies in Ray's store stays there."""
+        _here.dependencies = call.dependencies
+        try:
+            portable, refs = _with_refs(_dumps_keeping, call.pool.kept, values, lambda: (
+                {f"the result of dependency {n}": value for n, value in enumerate(values)},))
+        finally:
+            _here.dependencies = ()
+        call.message = call.message[0], _packed(_frozen(portable), refs)
+
+    def start(self):
+        self.inbox = queue.SimpleQueue()        # (function, arguments), to be called by the thread
+        self.queue = collections.deque()        # placed here and not handed to the actor: plain methods ...
+        self.side_by_side = collections.deque()         # ... and coroutines
+        self.handed = {}                        # calls: (refs of the status and of what is large, the actor, its pid)
+        self.ahead = 0                          # of them: plain methods
+        self.lost = []                          # by an actor that died: to be handed to the next one
+        self.actor = None
+        self.is_built = False                   # this actor's object ...
+        self.was_built = False                  # ... and ever one
+        self.has_begun = False                  # a call, perhaps, on this actor
+        self.failures = 0                       # starts in a row that came to nothing
+        self.pace = 1e6                         # microseconds a call takes, about
+        self.is_finishing = self.is_over = False
+        self.killed = None                      # why, in words
+        self.cls, self.arguments, self.coroutines = self.pool.setup
+        self.reader = _reader_for(self)
+        self.post(self._launch)
+        threading.Thread(target=self._main, name=self.name, daemon=True).start()
+        _settle(self.started, _RESULT, None)    # nobody waits for the cluster
+
+    def post(self, function, *args):
+        """Have a function called on the backend's thread; from any thread, at any time."""
+        self.inbox.put((function, args))
+
+    def _main(self):
+        _here.is_ours, _here.divert = True, self.reader.post
+        while not self.is_over:
+            if self.ahead and not self.coroutines and self.inbox.empty():
+                self._hear_next()
+            else:
+                function, args = self.inbox.get()
+                function(*args)
+
+    # Handing over
+
+    def submit(self, call):
+        self.post(self._take_in, call)
+
+    def _take_in(self, call):
+        (self.side_by_side if call.method in self.coroutines else self.queue).append(call)
+        self._feed()
+
+    def _window(self):
+        """Return how many plain calls are handed over at once. Beside coroutines Ray does not keep their order."""
+        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON / self.pace)))
+
+    def _feed(self):
+        if not self.is_built:
+            return
+        for call in reversed(self.lost):
+            (self.side_by_side if call.method in self.coroutines else self.queue).appendleft(call)
+        self.lost.clear()
+        while self.side_by_side:
+            self._hand_over(self.side_by_side.popleft())
+        while self.queue and self.ahead < self._window():
+            self._hand_over(self.queue.popleft())
+
+    def _hand_over(self, call):
+        message, dependencies = call.message, call.dependencies
+        # None: settled meanwhile. It has begun already if it is run again.
+        if message is None or not (call.deaths or call.future._begin(call)):
+            return
+        try:
+            _ray()                          # else Ray would start itself
+            refs = self.call_actor(*message, *dependencies)
+        except BaseException as error:
+            _settle(call.future, _ERROR, error)
+            return
+        self.handed[call] = refs, self.actor, self.pid
+        self.ahead += call.method not in self.coroutines
+        if self.coroutines:
+            refs[0]._on_completed(functools.partial(self.post, self._hear, call))
+
+    # Hearing
+
+    def _hear_next(self):
+        """Wait for the first of the statuses, and take what is there."""
+        try:
+            ray = _ray()                    # else Ray would start itself
+        except RuntimeError:
+            self.lose_ray()
+            return
+        calls = {refs[0]: call for call, (refs, _, _) in self.handed.items()}
+        ready = list(calls)[:1]
+        try:
+            if len(calls) > 1:
+                ready = ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)[0] or ready
+            statuses = ray.get(ready)
+        except BaseException:               # of one of them: each for itself
+            statuses = map(_status_of, ready) if ray.is_initialized() else ()
+        for ref, status in zip(ready, statuses):
+            self._hear(calls[ref], status)
+
+    def _hear(self, call, status):
+        """Take the status of a call, or the exception that Ray has instead."""
+        if call not in self.handed:
+            return
+        (_, ref), actor, pid = self.handed.pop(call)
+        self.ahead -= call.method not in self.coroutines
+        if isinstance(status, bytes):
+            self._take(call, *_STATUS.unpack_from(status), status[_STATUS.size:], ref)
+        elif not isinstance(status, sys.modules["ray"].exceptions.RayActorError):
+            _settle(call.future, _ERROR, _inner_error(status))
+        else:
+            if actor is self.actor:
+                self.is_built = False       # it gets no more; the end will be told apart, if it is one
+                self._begin(actor)
+            self.has_begun = True           # the death is charged to the calls
+            call.deaths += (self.name, pid, None),
+            if len(call.deaths) <= self.pool.options.crash_retries and call in self.calls and not self.is_finishing:
+                self.lost.append(call)
+            else:
+                _settle(call.future, _ERROR, self._death(call, status))
+        self._feed()
+
+    def _take(self, call, kind, took, packed, ref):
+        if kind == _NOT_BUILT:              # Ray has restarted the actor, and its constructor raised
+            _settle(call.future, _ERROR, _start_error(_load_error(*_pickle().loads(packed)), self))
+            return
+        self.has_begun, self.failures = True, 0
+        self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
+        if kind == _RETURNED:
+            _settle(call.future, _RESULT, _Remote(call.method, packed) if packed else _Remote(call.method, None, ref))
+        else:
+            _settle_answer(call, kind, *_pickle().loads(packed))
+
+    def _death(self, call, error):
+        if self.killed:
+            return self.stopped(call, self.killed, None)
+        died = self.death_in(call, f": {_cause_of_death(error)}")
+        died.__cause__ = error
+        return died
+
+    @staticmethod
+    def death_in(call, why=""):
+        """Return the error of a call whose actor has died, perhaps not for the first time."""
+        name, pid, _ = call.deaths[-1]
+        text = f"the actor of {name} (pid {pid}) died before the end of {call.method}(), which it may have begun{why}"
+        if len(call.deaths) > 1:
+            text += "; so did before those with pid " + ", ".join(str(pid) for _, pid, _ in call.deaths[:-1])
+        return WorkerDiedError(text, name, call.method, pid, deaths=call.deaths)
+
+    # Starting and burying
+
+    def _launch(self):
+        if self.is_finishing:
+            self._end()
+            return
+        self.is_built = self.has_begun = False
+        try:
+            _ray()                          # else Ray would start itself
+            self.actor = self.cls.remote(*self.arguments, self.index)
+            self.call_actor = self.actor.call.remote
+            self._look_after(self.actor)
+        except BaseException as error:
+            self.actor = None
+            self._failed_to_start(error)
+
+    def _look_after(self, actor):
+        """Have the actor make its object, and its end be told."""
+        self.process = self.pid = None
+        self._begin(actor)
+        _await_end(actor, functools.partial(self.post, self._bury, actor))
+
+    def _begin(self, actor):
+        try:
+            _ray()
+            actor.do.remote("begin")._on_completed(functools.partial(self.post, self._begun, actor))
+        except Exception:               # it is dead, or Ray is
+            pass
+
+    def _begun(self, actor, status):
+        if actor is not self.actor or not isinstance(status, bytes):
+            return                          # it is dead, which will be told
+        if status[0] == _BUILT:
+            self.is_built = self.was_built = True
+            self.process, self.pid = _pickle().loads(_pickle().loads(status[_STATUS.size:])[0])
+            self._feed()
+            return
+        self.actor = None
+        _kill_actor(actor)
+        self._failed_to_start(_start_error(_load_error(*_pickle().loads(status[_STATUS.size:])), self))
+
+    def _bury(self, actor, error):
+        """Go on after an actor has died. What its calls came to, Ray tells for each of them."""
+        ray = sys.modules["ray"]
+        is_restarted = isinstance(error, ray.exceptions.ActorUnavailableError)
+        for way in list(_ways.values()):
+            if self.process or not is_restarted:
+                way.mourn(actor._actor_id.hex(), self.process if is_restarted else None)
+        if actor is not self.actor:
+            return
+        if is_restarted and not self.is_finishing:
+            logger.warning("the actor of %s (pid %s) died: its state is lost, Ray restarts it", self.name, self.pid)
+            self.pool.restarts += 1
+            self.is_built = False
+            self._look_after(actor)
+            return
+        while self.handed and not self.coroutines:
+            self._hear_next()           # whoever waits is told first
+        self.actor, self.is_built = None, False
+        if self.is_finishing:
+            self._end()
+        elif not (self.has_begun or self.handed):
+            died = WorkerDiedError(f"the actor of {self.name} died before it began a call: {_cause_of_death(error)}",
+                                   self.name, started=False)
+            died.__cause__ = error
+            self._failed_to_start(died)
+        elif self.is_spent and not self.calls:      # nobody would use another one
+            self._end()
+            self.pool.dismiss(self)
+        else:
+            logger.warning("the actor of %s (pid %s) died: its state is lost, a new one takes its place (%s)",
+                           self.name, self.pid, _cause_of_death(error))
+            self.pool.restarts += 1
+            self._launch()
+
+    def lose_ray(self):
+        """Fail everything: Ray was shut down. The thread may be waiting for ever."""
+        if self.is_over:
+            return
+        self.is_over = True
+        error = sys.modules["ray"].exceptions.RayActorError(error_msg="Ray was shut down, and its actors with it")
+        for call, (_, _, pid) in list(self.handed.items()):
+            call.deaths += (self.name, pid, None),
+            _settle(call.future, _ERROR, self._death(call, error))
+        self._end()
+        self.pool.lose(self, error)
+
+    def _failed_to_start(self, error):
+        self.failures += 1
+        if self.was_built and self.failures < _STARTS and not self.is_finishing:
+            logger.warning("%s failed before its first call (%s): it is started again", self.name, error)
+            self.pool.restarts += 1
+            self._launch()
+            return
+        self._end()
+        self.pool.lose(self, error)
+
+    # Ending. What has to reach a worker in the middle of a call is said on the reader's thread.
+
+    def hurry(self):
+        self.reader.post(self._hurry)
+
+    def _hurry(self):
+        try:
+            if self.actor is not None and _ray():
+                self.actor.beside.remote("hurry")
+        except Exception:               # it is dead, or Ray is
+            pass
+
+    def finish(self):
+        self.is_finishing = True
+        self.post(self._close)
+
+    def _close(self):
+        """Have the actor drop its object, then end it."""
+        actor = self.actor
+        if actor is None or not self.is_built:
+            self._terminate()
+            return
+        try:
+            _ray()
+            actor.do.remote("close")._on_completed(lambda _: self.post(_kill_actor, actor))
+        except Exception:
+            _kill_actor(actor)
+
+    def kill(self, why):
+        self.is_finishing = True
+        self.killed = why
+        for call in list(self.calls):
+            _settle(call.future, _ERROR, self.stopped(call, why, None if _is_begun(
+                call.future.__dict__.setdefault("_claim", _ERROR)) else False))
+        self.reader.post(lambda: _kill_actor(self.actor))
+        self.post(self._terminate)
+
+    def _terminate(self):
+        if self.actor is not None:
+            _kill_actor(self.actor)
+        else:                           # it is to be started, or was given up
+            self._end()
+
+    def _end(self):
+        self.is_over = True
+        self.post(int)
+        self.reader.post(self.reader.backends.discard, self)
+        _settle(self.ended, _RESULT, None)
+
+    def perish(self, error):
+        """Fail everything: the reader itself has failed."""
+        self.is_finishing = True
+        _kill_actor(self.actor)
+        self.pool.lose(self, error)
+        for call in list(self.calls):
+            _settle_unbegun(call.future, _ERROR, error)
+        self._end()
+
+
+def _status_of(ref):
+    try:
+        return sys.modules["ray"].get(ref)
+    except BaseException as error:
+        return error
+
+
+def _await_end(actor, then):
+    """Have `then(error)` called, on Ray's thread, when an actor has died."""
+    _watch_ray()
+    actor.beside.remote("watch")._on_completed(then)
+
+
+def _kill_actor(actor):
+    try:
+        _ray().kill(actor)
+    except Exception:               # it is dead, or Ray is
+        pass
+
+
+_ray_watch = None                   # the thread that waits for the end of Ray
+
+
+def _watch_ray():
+    """Have it heard when Ray is shut down: what was asked before is never answered then."""
+    global _ray_watch
+    with _reader_lock:
+        if not _lineage and (_ray_watch is None or not _ray_watch.is_alive()):
+            try:
+                import ray._private.worker
+                is_over = ray._private.worker.global_worker.threads_stopped
+            except (ImportError, AttributeError):       # another Ray: `ray.shutdown()` has to wait for `stop()`
+                return
+            _ray_watch = threading.Thread(target=_hear_of_ray, args=(is_over,), name="concurry ray watch", daemon=True)
+            _ray_watch.start()
+
+
+def _hear_of_ray(is_over):
+    is_over.wait()
+    with _reader_lock:
+        reader = _readers.get(os.getpid())
+        if reader is not None:
+            for each in list(reader.backends):
+                if hasattr(each, "lose_ray"):
+                    reader.post(each.lose_ray)
+
+
+def _cause_of_death(error):
+    """Return the words that matter of what Ray says about a death, which is long."""
+    sentence = str(error).strip().rpartition("\n")[2].partition(". ")[0]
+    return sentence.removeprefix("The actor is dead because ").rstrip(".")
+
+
+def _async_names(recipe):
+    """Return the methods whose calls an actor runs beside one another; without any it is a plain actor."""
+    names = {name for name, value in _definitions(recipe.cls) if _is_async(getattr(value, "__func__", value))}
+    return names | ({"__call__", "_chunk"} if _is_async(recipe.bound) else set())
+
+
+def _actor_options(options):
+    """Return what Ray is told about the actors, as in `cls.options(...)`."""
+    for name in "max_concurrency", "concurrency_groups":
+        if name in options.actor_options:
+            raise ValueError(f"actor_options={{{name!r}: ...}} is not possible: a worker runs one call at a time, and "
+                             f"coroutines as many as come; max_queued_tasks bounds them")
+    given = {name: getattr(options, name) for name in _RAY_OPTIONS if getattr(options, name) is not None}
+    return {**options.actor_options, **given}
+
+
+def _own_module():
+    """Return name, path and code of this module, to be run where it cannot be imported."""
+    import marshal
+    code = globals().get("_code_here") or marshal.dumps(__spec__.loader.get_code(__spec__.name))
+    return __name__, __file__, _ray().put(code)
+
+
+def _with_refs(dumps, *args):
+    """Return what `dumps(*args)` does, and the ObjectRefs met on the way."""
+    around, _here.refs = _here.refs, []
+    try:
+        return dumps(*args), _here.refs
+    finally:
+        _here.refs = around
+
+
+class _OnDemandRayBackend(_OnDemand, _RayBackend):
+    """An actor for one call; for a TaskWorker, which has no state, until it has been idle for a moment."""
+
+
+# === Limits elsewhere ===
 #
 # A set lives in the process that made it. Elsewhere its home is _Away: tickets go up to the parent,
 # which attends to them where it has the set, or sends them further up. They go between the answers, so
 # that what a call has given back is free when its result is seen. Verdicts come down on a
 # socket of their own, the lane: in the other one there may be calls before them.
+#
+# A set that is given to Ray workers moves, once and for all, into an actor: nobody can call the process
+# that made it. There, too, its home is _Away from then on, with all that is held or waited for.
 
 def _pickled(words):
     """Return numbers and words in the form of what travels; nothing of the user's is among them."""
     return _pickle().dumps(words, 5), ()
 
 
-class _Upstream:
+class _Way:
+    """What leads from here to where a set is at home."""
+
+    def __init__(self):
+        self.tickets = {}                       # by number: those that wait for a verdict
+        self.numbers = itertools.count()
+
+    def listen(self):
+        """Have verdicts heard from now on."""
+
+    def tell(self, words):
+        """Send what a ticket says; return False if that was put off."""
+
+    def _tell(self, ticket, is_granted, answer):
+        if ticket is not None:
+            ticket.answer = answer
+            if is_granted:
+                ticket.grants = ()              # at its home
+            ticket.is_granted, ticket.is_refused = is_granted, not is_granted
+            try:
+                if ticket.bell is not None:
+                    ticket.bell.wake()
+            except RuntimeError:                # its event loop is closed: nobody will come for it
+                _drop(ticket.home, ticket)
+
+    def _refuse_all(self, answer):
+        while self.tickets:
+            self._tell(self.tickets.popitem()[1], False, answer)
+
+
+class _Upstream(_Way):
     """A worker process's way to its parent, for the answers to calls and for its tickets."""
 
     def __init__(self, connection, lane):
+        super().__init__()
         self.connection = connection
         self.lane = lane
         self.lock = threading.RLock()
         self.outbox = collections.deque()       # messages
         self.is_sending = False
-        self.tickets = {}                       # by number: those that wait for a verdict
-        self.numbers = itertools.count()
         self.inbox = _Inbox(lane, (_VERDICT,))
         self.is_heard = False                   # the reader listens to the lane
         self.halt = _Halt(self.listen)          # set when the parent stops the worker
@@ -6380,8 +7375,10 @@ class _Upstream:
                 self.is_sending = False
         return True
 
+    def tell(self, words):
+        return self.send(_message(_TICKET, _pickled(words)))
+
     def listen(self):
-        """Have verdicts heard from now on."""
         with self.lock:
             if not self.is_heard:
                 self.is_heard = True
@@ -6395,23 +7392,10 @@ class _Upstream:
                 self.halt.set()
             self._tell(self.tickets.pop(number, None), is_granted, answer)
 
-    def _tell(self, ticket, is_granted, answer):
-        if ticket is not None:
-            ticket.answer = answer
-            if is_granted:
-                ticket.grants = ()              # at its home
-            ticket.is_granted, ticket.is_refused = is_granted, not is_granted
-            try:
-                if ticket.bell is not None:
-                    ticket.bell.wake()
-            except RuntimeError:                # its event loop is closed: nobody will come for it
-                _drop(ticket.home, ticket)
-
     def perish(self, error):
         """Refuse everything: the reader has failed."""
         self.is_heard = False
-        while self.tickets:
-            self._tell(self.tickets.popitem()[1], False, f"the reader of this worker process failed: {error!r}")
+        self._refuse_all(f"the reader of this worker process failed: {error!r}")
 
 
 _upstream = None                # in a worker process: its way to the parent
@@ -6420,30 +7404,31 @@ _OUT_OF_REACH = ("these limits live in a process that this one is no worker of: 
 
 
 class _Away:
-    """The home of a set that lives in another process, the parent or one above it."""
+    """The home of a set that lives elsewhere: in the parent, or in a process above it, or in an actor."""
 
     is_far = True
 
-    def __init__(self, token):
+    def __init__(self, token, way=None):
         self.token = token
+        self.way = way              # None: to the parent
 
     def attend(self, ticket):
         """Send what the ticket says; a verdict comes later, and rings its bell."""
-        if _upstream is None:
+        way = self.way or _upstream
+        if way is None:
             if ticket.is_over:
                 return
             raise RuntimeError(_OUT_OF_REACH)
         if ticket.number is None:
             if ticket.is_over:
                 return
-            ticket.home, ticket.number = self, next(_upstream.numbers)
-            _upstream.tickets[ticket.number] = ticket
-            _upstream.listen()
+            ticket.home, ticket.number = self, next(way.numbers)
+            way.tickets[ticket.number] = ticket
+            way.listen()
         is_over = ticket.is_over
         if is_over:
-            _upstream.tickets.pop(ticket.number, None)
-        is_sent = _upstream.send(_message(_TICKET, _pickled(
-            (ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))))
+            way.tickets.pop(ticket.number, None)
+        is_sent = way.tell((ticket.number, self.token, ticket.wants, ticket.usage, is_over, ticket.may_wait))
         if is_over:
             ticket.grants = None
         elif not is_sent and ticket.may_wait:
@@ -6583,14 +7568,273 @@ class _Lane:
         self.connection.close()
 
 
-def _limit_set(token, limits, config):
-    """Load a LimitSet: the one with this token, or one that asks where it came from."""
+def _limit_set(token, limits, config, keeper=None):
+    """Load a LimitSet: the one with this token, or one that asks where it came from, or the actor that keeps it."""
     known = _sets.get(token)
     if known is None:
         known = LimitSet(limits, config=config)
-        known._token, known._home = token, _Away(token)
+        known._token, known._home = token, _Away(token, keeper and _way_to(keeper))
         _sets[token] = known
     return known
+
+
+# In an actor of Ray
+
+_FORGOTTEN = "these limits have ended with the pool that they were made for, or with who made them"
+
+
+class _RayWay(_Way):
+    """The way to an actor that keeps sets; all is said on the reader's thread, and heard on Ray's."""
+
+    def __init__(self, actor):
+        super().__init__()
+        self.actor = actor
+        self.ordinals = itertools.count()       # of messages: Ray may change their order
+        self.unheard = {}                       # futures of messages that are not answered yet
+        self.tokens = set()                     # of the sets that this process has moved there
+        self.over = None                        # why it leads nowhere any more, in words
+        self.reader = _reader_for(self)
+
+    def tell(self, words):
+        heard = BaseFuture()
+        self.unheard[heard] = None
+        if self.over or _here.reader is self.reader:        # over: there may be no reader any more
+            self._send(words, heard)
+        else:
+            self.reader.post(self._send, words, heard)
+        return True
+
+    def _send(self, words, heard):
+        number = words[0]
+        try:
+            if self.over:
+                raise RuntimeError(self.over)
+            answer = self._ask("attend", _lineage, next(self.ordinals), words)
+            answer._on_completed(lambda answer: self._hear(number, heard, answer))
+        except BaseException as error:
+            self._hear(number, heard, error)
+
+    def _ask(self, *args):
+        _ray()                                  # else Ray would start itself
+        return self.actor.do.remote(*args)
+
+    def _do(self, *args):
+        try:
+            self._ask(*args)
+        except Exception:                       # it is dead, or Ray is
+            pass
+
+    def _hear(self, number, heard, answer):
+        if isinstance(answer, BaseException):
+            answer = False, self.over or f"the actor that keeps these limits does not answer: {_cause_of_death(answer)}"
+        if answer is not None:
+            self._tell(self.tickets.pop(number, None), *answer)
+        self.unheard.pop(heard, None)
+        _settle(heard, _RESULT, None)
+
+    def take_over(self, limits):
+        """Have the actor keep a set that is at home here."""
+        self.tokens.add(limits._token)
+        weakref.finalize(limits, self.forget, limits._token).atexit = False
+        limits._home.move(limits._token, self)
+
+    def open(self, token, *state):
+        described = tuple(_sets[token]._limits.values())
+        self.reader.post(self._do, "open", _lineage, _pickle().dumps((token, described, *state), 5))
+
+    def forget(self, token):
+        """Be told that nobody needs a set any more; from any thread, at any time."""
+        self.reader.post(self._forget, token)
+
+    def _forget(self, token):
+        with _way_lock:
+            if token in self.tokens and not self.over:
+                self.tokens.discard(token)
+                self._do("forget", token)
+                if not self.tokens:
+                    self.end(_FORGOTTEN)
+
+    def mourn(self, actor, process=None):
+        """Have taken back what a worker held that has died; None: whatever process was its."""
+        self.reader.post(self._do, "leave", actor, process)
+
+    def lose(self, error):
+        self.reader.post(self.end, f"the actor that kept these limits has died: {_cause_of_death(error)}")
+
+    def end(self, why):
+        self.over = self.over or why
+        _ways.pop(self.actor._actor_id, None)
+        if self is _own_way:
+            _kill_actor(self.actor)
+        self._refuse_all(why)
+        self.reader.backends.discard(self)
+
+    def perish(self, error):
+        self.end(f"the actor that keeps these limits cannot be reached: {error!r}")
+
+    def lose_ray(self):
+        self.end("Ray was shut down, and these limits with it")
+
+
+_lineage = ()                   # (actor, process) of whoever made the worker that this process is, and its own
+_ways = {}                      # by the id of the actor
+_own_way = None                 # to the actor that keeps this process's sets
+_way_lock = threading.RLock()
+
+
+def _way_to(keeper):
+    with _way_lock:
+        way = _ways.get(keeper._actor_id)
+        if way is None:
+            way = _ways[keeper._actor_id] = _RayWay(keeper)
+        return way
+
+
+def _keeper_of(limits):
+    """Return the actor that keeps a set, which moves there if it is at home here."""
+    global _own_way
+    with _way_lock:
+        if not limits._home.is_far:
+            if _own_way is None or _own_way.over:
+                _own_way = _way_to(_start_keeper())
+                _await_end(_own_way.actor, _own_way.lose)
+            _own_way.take_over(limits)
+        way = limits._home.way
+    if way is None:
+        raise _pickle().PicklingError(f"{_OUT_OF_REACH}; a Ray worker can be given those that were made "
+                                      f"in the process that makes the worker")
+    return way.actor
+
+
+def _start_keeper():
+    ray = _ray()
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return _actor_class("limits", True).options(num_cpus=0, scheduling_strategy=here).remote(*_own_module(), "_Keeper")
+
+
+def _unheard():
+    """Yield what to wait for until the actors know what was given back here: who sees a result relies on it."""
+    heard = {heard for way in list(_ways.values()) for heard in list(way.unheard)}
+    yield from _settled_of(heard, ALL_COMPLETED)
+
+
+class _Visitor:
+    """A process that has sent tickets to an actor: what a _Link and its lane are to a worker process."""
+
+    def __init__(self):
+        self.lane = self
+        self.guests = {}                # by number
+        self.answers = {}               # to the first message about each: futures of verdicts
+        self.early = {}                 # messages by ordinal that came before others
+        self.next = 0                   # the ordinal whose turn it is
+
+    def send(self, number, *verdict):
+        self.answer(number, verdict)
+
+    def answer(self, number, verdict):
+        answer = self.answers.pop(number, None)
+        if answer is not None and not answer.done():
+            answer.set_result(verdict)
+
+    def leave(self):
+        for guest in list(self.guests.values()):
+            guest.leave()
+        for number in list(self.answers):
+            self.answer(number, None)
+
+
+class _Keeper:
+    """The object of the actor: sets are at home here as in the process that made them, and their guests on its loop."""
+
+    def __init__(self):
+        _let_term_end()
+        self.sets = {}                  # by token; None: forgotten
+        self.visitors = {}              # by lineage
+        self.dead = {}                  # (actor, process), the latest; (actor, None): whatever process it had
+
+    def open(self, client, moved):
+        """Take over a set."""
+        token, limits, states, held, now = _pickle().loads(moved)
+        ahead = now - time.monotonic_ns()       # of this machine's clock; less than it is by the time of the way
+        self.sets[token] = known = _limit_set(token, limits, {})
+        known._home = home = _Desk(limits, lambda: time.monotonic_ns() + ahead)
+        home.states = states
+        visitor = self._visitor(client)
+        for number, ticket in held:
+            visitor.guests[number] = guest = _Guest(visitor, self, number, home, ticket.wants)
+            guest.ticket, guest.is_told, ticket.bell = ticket, True, guest
+            home.held[ticket] = None
+        for visitor in self.visitors.values():
+            self._go_on(visitor)
+
+    def forget(self, token):
+        self.sets[token] = None
+
+    async def attend(self, client, ordinal, words):
+        """Do what a ticket says; if it is new, return the verdict on it when there is one."""
+        import asyncio
+        visitor = self._visitor(client)
+        if visitor is None:
+            return None
+        answer = asyncio.get_running_loop().create_future()
+        visitor.early[ordinal] = words, answer
+        self._go_on(visitor)
+        return await answer
+
+    def _go_on(self, visitor):
+        """Take messages in their order, as far as they are there and the sets that they are about."""
+        _here.reader = self
+        while visitor.next in visitor.early:
+            words, answer = visitor.early[visitor.next]
+            number, token, _, _, is_over, _ = words
+            if token not in self.sets:
+                return
+            del visitor.early[visitor.next]
+            visitor.next += 1
+            if is_over or number in visitor.guests:
+                answer.set_result(None)
+            else:
+                visitor.answers[number] = answer
+            if self.sets[token] is not None:
+                _Guest.take(visitor, self, *words)
+            elif not is_over:
+                visitor.send(number, False, _FORGOTTEN)
+            if is_over:
+                visitor.answer(number, None)
+
+    def _visitor(self, client):
+        """Return what is known of a process, None if that is that it is dead: as one is whose actor has a new one."""
+        if self._is_dead(client):
+            return None
+        if client not in self.visitors:
+            for other in [other for other in self.visitors if client and other and other[-1][0] == client[-1][0]]:
+                self.leave(*other[-1])
+            self.visitors[client] = _Visitor()
+        return self.visitors[client]
+
+    def _is_dead(self, client):
+        return any((actor, process) in self.dead or (actor, None) in self.dead for actor, process in client)
+
+    def leave(self, actor, process=None):
+        """Take back what a dead process held, and what those did that it had made."""
+        self.dead[actor, process] = None
+        if len(self.dead) > 10_000:     # messages that were on their way are long here
+            del self.dead[next(iter(self.dead))]
+        for client in [client for client in self.visitors if self._is_dead(client)]:
+            self.visitors.pop(client).leave()
+
+    def watch(self):
+        return _never_end()
+
+    # What a guest needs of a reader
+
+    def later(self, seconds, function):
+        import asyncio
+        return asyncio.get_running_loop().call_later(seconds, function)
+
+    def cancel(self, timer):
+        timer.cancel()
 
 
 # === Pools ===
@@ -6602,6 +7846,8 @@ _BACKENDS = {
     (ExecutionMode.Asyncio, False): _AsyncioBackend,
     (ExecutionMode.Processes, False): _ProcessBackend,
     (ExecutionMode.Processes, True): _OnDemandProcessBackend,
+    (ExecutionMode.Ray, False): _RayBackend,
+    (ExecutionMode.Ray, True): _OnDemandRayBackend,
 }
 
 _GRACE = 0.9            # seconds: between TERM and KILL, and what a stop may take beyond its timeout
@@ -6719,7 +7965,7 @@ class _Pool:
 
         Raises RuntimeError when no call is taken any more, TimeoutError at the deadline.
         """
-        future = BaseFuture()
+        future = self.kind.future()
         call = future.__dict__["_call"] = _Call(self, future, method, args, kwargs)
         self.calls[call] = None
         try:
@@ -6764,9 +8010,9 @@ class _Pool:
         call.watch = None
         try:
             if self.kind.prepares:
-                self.kind.complete(call, [_outcome_of(future)[1] for future in futures])
+                self.kind.complete(call, [self.kind.value_of(future) for future in futures])
             else:
-                call.args, call.kwargs = nested.rebuilt(lambda future: _outcome_of(future)[1])
+                call.args, call.kwargs = nested.rebuilt(self.kind.value_of)
         except BaseException as error:
             _settle_unbegun(call.future, _ERROR, error)
         else:
@@ -6950,7 +8196,7 @@ class _Pool:
         self.finish()
         if wait and not self.is_stopped and not self._is_here():
             _run(self.until_ended(), None)
-            self.setup = None           # and the descriptors that it holds
+            self._let_go()
 
     def _is_here(self):
         call = _calling.get()
@@ -7008,12 +8254,16 @@ class _Pool:
             ended[future].kill(why)
         late = {future for future in late if ended[future].can_be_killed}
         _run(_settled_of(late, ALL_COMPLETED), _GRACE + 0.05)
-        self.setup = None               # and the descriptors that it holds
+        self._let_go()
         alive = sum(not future.done() for future in ended)
         if alive:
             import warnings
             warnings.warn(f"{alive} workers of {self.name} go on although it was stopped: a thread cannot be killed",
                           ResourceWarning, stacklevel=4)
+
+    def _let_go(self):
+        self.setup = None               # and the descriptors that it holds
+        self.kind.tear_down(self)
 
     def abandon(self):
         """Be of no use in a forked child: its workers are the parent's. Nobody waits here, no lock is sure."""
@@ -7064,8 +8314,10 @@ def _finish_all():
 
 def _abandon_all():
     """Make the parent's handles and futures say, in a forked child, that they are the parent's."""
-    global _pools, _reader_lock, _naming, _upstream
-    _upstream = None
+    global _pools, _reader_lock, _naming, _upstream, _own_way, _way_lock
+    _upstream = _own_way = None
+    _way_lock = threading.RLock()
+    _ways.clear()
     for limits in list(_sets.values()):
         # Acquisitions know the desk: its lock may be held by a thread that is not here, and it is the parent's.
         limits._home.attend = _do_nothing
@@ -7402,9 +8654,35 @@ def _open(cls, given, args, kwargs, sized=False):
     fn = cls._bound_function(*args, **kwargs) if issubclass(cls, TaskWorker) else None
     options = _Options(given, sized)
     _check_method_names(cls, given)
+    if _is_model(cls):
+        _check_model(cls, options.mode)
     pool = _Pool(_Recipe(cls, args, kwargs, fn, options), options)
     pool.start()
     return _handle_type(cls)(pool)
+
+
+def _is_model(cls):
+    """Tell a class of pydantic's or morphic's."""
+    return any(base.__module__.partition(".")[0] in _MODELS for base in cls.__mro__)
+
+
+def _check_model(cls, mode):
+    """Raise ValueError in ray mode; in others say once that this is no class for Ray, if that is found here."""
+    reason = (f"Cannot create Ray worker with Pydantic-based class {cls.__name__}: Ray makes a class of its own of it, "
+              f"which models do not bear; hold the model in an attribute, or validate the methods' arguments")
+    if mode is ExecutionMode.Ray:
+        raise ValueError(reason)
+    import importlib.util
+    if cls not in _warned_models and ("ray" in sys.modules or importlib.util.find_spec("ray")):
+        _warned_models.add(cls)
+        import warnings
+        level, frame = 1, sys._getframe()
+        while frame.f_globals is globals():     # up to who makes the worker
+            level, frame = level + 1, frame.f_back
+        warnings.warn(f"in mode 'ray' this class would not do: {reason}", stacklevel=level)
+
+
+_warned_models = weakref.WeakSet()
 
 
 def _check_method_names(cls, given):
@@ -7431,7 +8709,9 @@ class _Builder:
         """Build the worker, or the pool of workers, with these arguments of the constructor.
 
         Returns the handle when all constructors have returned; raises what one of them raised, with
-        nothing left running; ValueError for options that do not go together.
+        nothing left running; ValueError for options that do not go together. In ray mode it does not wait:
+        what a constructor raises is in the futures. There it raises ImportError without the package, RuntimeError
+        without a running Ray, ValueError for a pydantic or morphic model, and what Ray says of its options.
         """
         return _open(self._cls, self._given, args, kwargs)
 
@@ -7442,9 +8722,10 @@ class _Builder:
 def _options(cls, **given):
     """Choose how and where the worker lives; `.init(...)` on what this returns builds it.
 
-    mode: "sync", "thread", "process" or "asyncio".
+    mode: "sync", "thread", "process", "asyncio" or "ray".
     blocking: a method call returns the result itself, not a future. Default False.
-    max_workers: None or 1 for one worker, more for a pool; 0 with `on_demand`: the CPUs less one.
+    max_workers: None or 1 for one worker, more for a pool; 0 with `on_demand`: the CPUs less one, in ray mode
+        as many as there are calls.
     load_balancing: "round_robin", "least_active", "least_total" or "random".
     on_demand: make a worker for each call and destroy it afterwards. Default False.
     max_queued_tasks: unsettled calls per worker, beyond which submitting waits; None: unbounded.
@@ -7457,6 +8738,8 @@ def _options(cls, **given):
     crash_retries: how often a call that was running when its process died is run again, in a new one, from its
         beginning. Default 0: it is run at most once. No retry of `num_retries` is used up by it.
     on_demand_linger: seconds that an idle on-demand TaskWorker is kept.
+    num_cpus, num_gpus, resources, memory: what each actor of Ray needs: numbers, a dict by name, bytes.
+    actor_options: a dict of Ray's other options for actors; not `max_concurrency` and `concurrency_groups`.
 
     Defaults are `global_config`'s. Raises TypeError for an unknown option, ValueError for an
     impossible value; both name what would do.
@@ -7493,13 +8776,13 @@ def _make_plain(cls, make, args, kwargs):
 
 
 class Worker:
-    """The base of classes whose objects live in a worker: a thread, a process, an event loop.
+    """The base of classes whose objects live in a worker: a thread, a process, an event loop, an actor of Ray.
 
     `My.options(mode="thread").init(...)` builds one and returns its handle, whose methods return
     futures. `My(...)` is a plain object, for unit tests say. `class My(Worker, mode="thread")` stores
     options: then `My(...)` and `My.init(...)` return a handle, too.
 
-    A worker runs its calls one at a time, in the order in which they become ready; in asyncio mode
+    A worker runs its calls one at a time, in the order in which they become ready; in asyncio and ray mode
     coroutine methods interleave, and plain methods run one at a time on a thread beside the loop:
     state that both use needs a lock.
     """
@@ -7653,8 +8936,8 @@ def _parameter_place(fn, name, optional):
 def Executor(mode, max_workers=None, **options):
     """Return a handle that is a concurrent.futures.Executor, in any mode.
 
-    `max_workers` None: as many as `global_config` says, thread 24 and process 4. The other options
-    and what is raised are those of `Worker.options`.
+    `max_workers` None: as many as `global_config` says, thread 24 and process 4; in ray mode as many as the
+    cluster has CPUs now. The other options and what is raised are those of `Worker.options`.
     """
     given = {"mode": mode, "max_workers": max_workers, **options}
     return _open(TaskWorker, _parse_all(given), (), {}, sized=True)
@@ -7725,7 +9008,7 @@ def task(fn=None, /, **options):
 
     The function becomes the handle of a TaskWorker that is bound to it: `f(...)`, `f.submit(...)`,
     `f.map(...)`, `f.stop()`. Nothing starts before its first use. On demand, with a pool's default
-    size, is the default in thread and process mode. A parameter named `limits` gets the worker's limits.
+    size, is the default in thread, process and ray mode. A parameter named `limits` gets the worker's limits.
     Options and what is raised are those of `Worker.options`.
     """
     given = _parse_all(options)
@@ -7748,7 +9031,8 @@ def _arguments():
         "unless --keep-going. Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.")
     mapping.add_argument("-e", metavar="EXPRESSION", dest="expression",
                          help="instead of CALLABLE: an expression over x; modules it names are imported")
-    mapping.add_argument("--mode", default="process", help="sync, thread, process (the default) or asyncio")
+    mapping.add_argument("--mode", default="process", help="sync, thread, process (the default), asyncio, or ray: it "
+                         "joins the cluster that RAY_ADDRESS names, or makes one of this machine")
     mapping.add_argument("--max-workers", help="how many workers; process: 4, thread: 24")
     mapping.add_argument("--keep-going", action="store_true", help="go on after a line that failed")
     mapping.add_argument("names", nargs="*", metavar="CALLABLE [FILE ...]", help="module:name, and files to read")
@@ -7850,8 +9134,10 @@ def main(argv=None):
             open(name).close()
         given = {"mode": chosen.mode, "max_workers": chosen.max_workers}
         given = {name: _parse(name, value) for name, value in given.items() if value is not None}
+        if given["mode"] is ExecutionMode.Ray:
+            _start_ray()
         pool = _open(TaskWorker, given, (fn,), {}, sized=True)
-    except (ValueError, TypeError, OSError, SyntaxError) as error:
+    except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
         mapping.error(str(error))
     try:
         try:
@@ -7865,6 +9151,16 @@ def main(argv=None):
         # Whoever read our output has enough; the interpreter must not try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _start_ray():
+    """Join the cluster that RAY_ADDRESS names, or make one of this machine: nobody else can have done it."""
+    try:
+        import ray
+    except ImportError:
+        return                          # the pool will say so
+    if not ray.is_initialized():
+        ray.init(logging_level="ERROR", log_to_driver=False)
 
 
 def _load_self():
