@@ -11,7 +11,8 @@ with that many workers, works with it through `submit` and `map` alone, checks t
 and returns seconds or bytes: less is better. Work that processes do is made of builtins,
 for nobody then has to import this file; only what uses limits there is imported from here.
 For limits, `make` builds what is acquired, and what uses it. A rate has no reference: its
-figure is the percentage that is missing, and more than it allows is an error.
+figure is the percentage that is missing, and more than it allows is an error. Ray's rows are
+there where Ray is installed.
 """
 import argparse
 import asyncio
@@ -155,6 +156,34 @@ def loky(workers=1):
     except ImportError:
         from joblib.externals.loky import get_reusable_executor
     return get_reusable_executor(workers)
+
+
+# === Ray: a worker of ours, and a bare actor ===
+
+def ray_worker():
+    """Return what calls it, and what gets the results of a list of calls."""
+    import concurry
+
+    class Negative(concurry.Worker):
+        def of(self, n):
+            return -n
+    start_ray()
+    return Negative.options(mode="ray", max_queued_tasks=None).init().of, concurry.gather
+
+
+def bare_actor():
+    import ray
+
+    class Negative:
+        def of(self, n):
+            return -n
+    start_ray()
+    return ray.remote(Negative).remote().of.remote, ray.get
+
+
+def start_ray():
+    import ray
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 
 
 # === Limits, ours and theirs ===
@@ -387,6 +416,26 @@ def process_bulk(make, workers):
     executor = make(workers)
     meet(executor, workers)
     return bulk(lambda _: executor, calls=10_000)
+
+
+def ray_round_trip(make, calls=2000):
+    call, results = make()
+    assert results([call(i) for i in range(100)]) == [-i for i in range(100)]
+    calls = amount(calls)
+    began = perf_counter()
+    for i in range(calls):
+        assert results([call(i)]) == [-i]
+    return (perf_counter() - began) / calls
+
+
+def ray_bulk(make, calls=2000):
+    call, results = make()
+    assert results([call(i) for i in range(100)]) == [-i for i in range(100)]
+    began = perf_counter()
+    found = results([call(i) for i in range(calls)])
+    seconds = perf_counter() - began
+    assert found == [-i for i in range(calls)]
+    return seconds
 
 
 async def echo(value):
@@ -825,6 +874,11 @@ ROWS = [
     Row("told of an unpicklable result", EXECUTOR, 1.0,
         told_of_unpicklable, process, process_executor),
 ]
+if find_spec("ray"):
+    ROWS += [
+        Row("ray: round trip", "a bare actor", 1.15, ray_round_trip, ray_worker, bare_actor),
+        Row("ray: 2,000 calls in bulk", "a bare actor", 1.15, ray_bulk, ray_worker, bare_actor),
+    ]
 
 
 # === Running them ===

@@ -1,7 +1,8 @@
 """Measure the bounds of FAULTS, in seconds, on a quiet machine:  python3 .ci/bounds.py
 
 A line a fault: start method or mode, median and worst of some runs, the bound. Exits 1 when the worst
-of one is over its bound. The unit tests wait for the events themselves and measure nothing.
+of one is over its bound. The unit tests wait for the events themselves and measure nothing. Ray's rows
+are there where Ray is installed.
 """
 
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 
 TOP = str(pathlib.Path(__file__).resolve().parent.parent)
 sys.path.insert(0, TOP)
@@ -32,6 +34,9 @@ class Stubborn(concurry.Worker):
 
     def ignore(self, path):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.block(path)
+
+    def block(self, path):
         with open(path, "w"):               # a FIFO: the other side is waiting
             pass
         while True:
@@ -93,8 +98,13 @@ def exit_with_idle_worker(mode):
     return time.perf_counter() - began
 
 
+def place(method):
+    """Return the options of a worker in a process, or of one in an actor."""
+    return {"mode": "ray"} if method == "ray" else {"mode": "process", "mp_context": method}
+
+
 def death_in_a_task(method):
-    with concurry.Executor("process", 1, mp_context=method) as pool:
+    with concurry.TaskWorker.options(**place(method)).init() as pool:
         pid = pool.submit(os.getpid).result()
         began = time.perf_counter()
         future = pool.submit(os.kill, pid, signal.SIGKILL)
@@ -119,7 +129,7 @@ def slot_of_the_dead(method):
     def hold(limits):
         with limits.acquire():
             time.sleep(100)
-    with concurry.TaskWorker.options(mode="process", mp_context=method).init() as pool:
+    with concurry.TaskWorker.options(**place(method)).init() as pool:
         pid = pool.submit(os.getpid).result()
         future = pool.submit(hold, limits)
         seconds_until(lambda: limits.get_stats()["slots"]["in_use"])
@@ -135,10 +145,10 @@ def stop_beyond_its_timeout(method, timeout=0.5):
     path = f"/tmp/concurry-bounds-{os.getpid()}"
     os.mkfifo(path)
     try:
-        pool = Stubborn.options(mode="process", max_workers=3, mp_context=method).init()
+        pool = Stubborn.options(max_workers=3, **place(method)).init()
         pids = [pool.pid().result() for _ in range(3)]
         for _ in range(3):
-            pool.ignore(path)
+            pool.ignore(path) if method != "ray" else pool.block(path)
             open(path).close()
         began = time.perf_counter()
         pool.stop(timeout)
@@ -160,6 +170,12 @@ def main():
                 (23, "KILL to the parent, busy", 2, lambda m: parent_ends(m, "busy", signal.SIGKILL)))]
     rows += [(f"   19 exit with idle workers, {mode}", 1, lambda mode=mode: exit_with_idle_worker(mode))
              for mode in ("sync", "thread", "process", "asyncio")]
+    if find_spec("ray"):
+        import ray
+        ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        rows += [(f"{row:>5} {name}, ray", 1, lambda measure=measure: measure("ray")) for row, name, measure in (
+            (1, "death in a task", death_in_a_task), (14, "slot of a dead worker", slot_of_the_dead),
+            (18, "stop, beyond its timeout", stop_beyond_its_timeout))]
     missed = 0
     print(f"{'row':>5} {'fault':40} {'median':>8} {'worst':>8} {'bound':>6}")
     for name, bound, measure in rows:
