@@ -6525,28 +6525,36 @@ class _Remote:
         self.packed = packed
         self.ref = ref
         self.is_ours = is_ours          # else the ref is the user's, and of what it is
+        self.session = _ray_ends
+
+    def _lost(self):
+        """Return an error if the ref is of a Ray that has ended: the next one knows nothing of it."""
+        if self.session != _ray_ends or not sys.modules["ray"].is_initialized():
+            return RuntimeError(f"the result of {self.method}() was in Ray's store when Ray was shut down")
+        return None
 
     def load(self, timeout=None):
         """Return (kind, value); TimeoutError."""
         try:
             if self.ref is None:
                 return _RESULT, _unpacked(self.packed)
-            ray = sys.modules["ray"]
-            if not ray.is_initialized():    # it would start itself
-                return _ERROR, RuntimeError(f"the result of {self.method}() was in Ray's store when Ray was shut down")
-            value = ray.get(self.ref, timeout=timeout)
+            if self._lost():
+                return _ERROR, self._lost()
+            value = sys.modules["ray"].get(self.ref, timeout=timeout)
             return _RESULT, _unpacked(value) if self.is_ours else value
         except BaseException as cause:
-            ray = sys.modules["ray"]
-            if isinstance(cause, ray.exceptions.GetTimeoutError):
+            errors = sys.modules["ray"].exceptions
+            if isinstance(cause, errors.GetTimeoutError):
                 raise _timeout(f"the result has not come within {timeout} seconds") from None
-            if isinstance(cause, ray.exceptions.RayError):
+            if isinstance(cause, errors.RayError):
                 return _ERROR, _inner_error(cause)
             return _ERROR, _loading_error("result", self, cause)
 
     def __reduce__(self):
         if self.ref is None:
             return _unpacked, (self.packed,)
+        if self._lost():
+            raise self._lost()
         _here.dependencies.append(self.ref)
         return _dependency, (len(_here.dependencies) - 1, self.is_ours)
 
@@ -6940,12 +6948,17 @@ class _RayBackend(_Backend):
 
     def _main(self):
         _here.is_ours, _here.divert = True, self.reader.post
-        while not self.is_over:
-            if self.ahead and not self.coroutines and self.inbox.empty():
-                self._hear_next()
-            else:
-                function, args = self.inbox.get()
-                function(*args)
+        try:
+            while not self.is_over:
+                if self.ahead and not self.coroutines and self.inbox.empty():
+                    self._hear_next()
+                else:
+                    function, args = self.inbox.get()
+                    function(*args)
+                    del function, args      # not to be kept while it waits
+        except BaseException as error:
+            logger.exception("the thread of %s failed; all its calls fail", self.name)
+            self.perish(error)
 
     # Handing over
 
@@ -6958,7 +6971,7 @@ class _RayBackend(_Backend):
 
     def _window(self):
         """Return how many plain calls are handed over at once. Beside coroutines Ray does not keep their order."""
-        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON / self.pace)))
+        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON / max(self.pace, 1))))
 
     def _feed(self):
         if not self.is_built:
@@ -7135,7 +7148,7 @@ class _RayBackend(_Backend):
         """Fail everything: Ray was shut down. The thread may be waiting for ever."""
         if self.is_over:
             return
-        self.is_over = True
+        self.is_over, self.actor = True, None
         error = sys.modules["ray"].exceptions.RayActorError(error_msg="Ray was shut down, and its actors with it")
         for call, (_, _, pid) in list(self.handed.items()):
             call.deaths += (self.name, pid, None),
@@ -7233,6 +7246,7 @@ def _kill_actor(actor):
 
 
 _ray_watch = None                   # the thread that waits for the end of Ray
+_ray_ends = 0                       # how often that has come
 
 
 def _watch_ray():
@@ -7250,7 +7264,9 @@ def _watch_ray():
 
 
 def _hear_of_ray(is_over):
+    global _ray_ends
     is_over.wait()
+    _ray_ends += 1
     with _reader_lock:
         reader = _readers.get(os.getpid())
         if reader is not None:
@@ -7673,7 +7689,7 @@ class _RayWay(_Way):
         self.end(f"the actor that keeps these limits cannot be reached: {error!r}")
 
     def lose_ray(self):
-        self.end("Ray was shut down, and these limits with it")
+        self.end("Ray was shut down, and these limits with it: make new ones")
 
 
 _lineage = ()                   # (actor, process) of whoever made the worker that this process is, and its own
@@ -7700,9 +7716,10 @@ def _keeper_of(limits):
                 _await_end(_own_way.actor, _own_way.lose)
             _own_way.take_over(limits)
         way = limits._home.way
-    if way is None:
-        raise _pickle().PicklingError(f"{_OUT_OF_REACH}; a Ray worker can be given those that were made "
-                                      f"in the process that makes the worker")
+    refusal = way.over if way else f"{_OUT_OF_REACH}; a Ray worker can be given those that were made in the process " \
+                                   f"that makes the worker"
+    if refusal:
+        raise _pickle().PicklingError(refusal)
     return way.actor
 
 

@@ -8798,22 +8798,33 @@ class RayTests(RayTestCase):
     def test_the_end_of_ray(self):
         """Every future fails, and what comes later; nothing hangs, and Ray is not started again."""
         code = """
-            import ray, sys, threading, warnings
+            import pickle, ray, sys, threading, warnings
             warnings.simplefilter("ignore")
             import concurry
             class W(concurry.Worker):
                 def one(self): return 1
                 def wait(self): threading.Event().wait()
                 def large(self): return bytes(1_000_000)
+                def size(self, x): return len(x)
                 def __init__(self): self.limits.acquire().release()
             def options(): return dict(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+            old = None
             for ends in range(2):
                 ray.init(**options())
+                if old:                     # of the Ray before
+                    large, limits = old
+                    worker = W.options(mode="ray").init()
+                    assert "in Ray's store when" in str(worker.size(large).exception(20)), large
+                    assert worker.one().result(20) == 1
+                    worker.stop()
+                    try: W.options(mode="ray", limits=limits).init()
+                    except pickle.PicklingError as error: assert "make new ones" in str(error), error
+                    else: raise AssertionError
                 limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
                 worker = W.options(mode="ray", max_queued_tasks=None, limits=limits).init()
                 assert worker.one().result(20) == 1
-                large = worker.large()
-                concurry.wait([large])
+                large, other = worker.large(), worker.large()
+                concurry.wait([large, other])
                 running, held = worker.wait(), limits.acquire()
                 waiting = concurry.Executor("thread", 1).submit(limits.acquire)
                 ray.shutdown()
@@ -8825,6 +8836,7 @@ class RayTests(RayTestCase):
                 assert later is not None and not ray.is_initialized(), later
                 held.release()
                 worker.stop()
+                old = other, limits
             print("passed")
         """
         ended = run_script(code)
@@ -9020,6 +9032,20 @@ class RayTests(RayTestCase):
         pool = self.make(TaskWorker)
         self.assertIsNone(thread.submit(lambda: pool.stop()).result(SAFETY))
         self.assertRaises(RuntimeError, pool.submit, square, 1)
+
+    def test_the_first_call_does_not_load(self):
+        """It takes no time: how quick the worker is is not known then."""
+        worker = self.make(Counter)
+        self.assertIsInstance(worker.echo(FailsWhenLoaded()).exception(SAFETY), pickle.PicklingError)
+        self.assertEqual(worker.add().result(SAFETY), 1)
+
+    def test_the_thread_of_a_worker_fails(self):
+        worker, go, started = self.make(Maker), self.flag(), self.flag()
+        worker.pid().result(SAFETY)
+        with self.log_of(level="ERROR"):
+            worker._pool.backends[0].post(lambda: 1 / 0)
+            self.assertIsInstance(worker.hold(started, go).exception(SAFETY), ZeroDivisionError)
+        self.assertIsInstance(worker.pid().exception(SAFETY), ZeroDivisionError)
 
     def test_the_reader_fails(self):
         """FAULTS 31: the thread that hears Ray, too."""
