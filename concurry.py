@@ -2964,6 +2964,10 @@ def _read_limits(value):
     return limits
 
 
+def _sets_in(limits):
+    return (limits,) if isinstance(limits, LimitSet) else limits._sets
+
+
 def _limits_for_worker(option):
     """Return the limits that a worker or pool is given: a list makes a set of its own."""
     if option is None:
@@ -6734,6 +6738,7 @@ class _Actor:
         """Make the object, in the thread of its methods; return the status."""
         if self.runner is None:         # else Ray has restarted the actor, and a call was first
             _here.is_ours = True
+            _here.kept = {}             # sets that results bring to whoever asked for them
             try:
                 recipe = _load(_unpacked, self.recipe)
                 global_config.__dict__.update(recipe.config.__dict__)
@@ -6867,6 +6872,9 @@ class _RayBackend(_Backend):
         ray = _ray()
         if options.max_workers is None:
             options.max_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        for each in _sets_in(recipe.limits):
+            if each._home.is_far and each._home.way is not None and each._home.way.over:
+                raise RuntimeError(each._home.way.over)
         coroutines = _async_names(recipe)
         cls = _actor_class(recipe.cls.__name__, bool(coroutines)).options(**_actor_options(options))
         portable, refs = _with_refs(_dumps, recipe, lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
@@ -6875,8 +6883,7 @@ class _RayBackend(_Backend):
     @staticmethod
     def tear_down(pool):
         if isinstance(pool.options.limits, (list, tuple)):
-            limits = pool.recipe.limits
-            for each in (limits,) if isinstance(limits, LimitSet) else limits:
+            for each in _sets_in(pool.recipe.limits):
                 if each._home.is_far and each._home.way is not None:
                     each._home.way.forget(each._token)
 
@@ -7026,14 +7033,16 @@ class _RayBackend(_Backend):
             return
         (_, ref), actor, pid = self.handed.pop(call)
         self.ahead -= call.method not in self.coroutines
+        errors = sys.modules["ray"].exceptions
         if isinstance(status, bytes):
             self._take(call, *_STATUS.unpack_from(status), status[_STATUS.size:], ref)
-        elif not isinstance(status, sys.modules["ray"].exceptions.RayActorError):
+        elif not isinstance(status, errors.RayActorError):
             _settle(call.future, _ERROR, _inner_error(status))
         else:
             if actor is self.actor:
                 self.is_built = False       # it gets no more; the end will be told apart, if it is one
-                self._begin(actor)
+                if isinstance(status, errors.ActorUnavailableError):
+                    self._begin(actor)
             self.has_begun = True           # the death is charged to the calls
             call.deaths += (self.name, pid, None),
             if len(call.deaths) <= self.pool.options.crash_retries and call in self.calls and not self.is_finishing:
@@ -7112,8 +7121,7 @@ class _RayBackend(_Backend):
 
     def _bury(self, actor, error):
         """Go on after an actor has died. What its calls came to, Ray tells for each of them."""
-        ray = sys.modules["ray"]
-        is_restarted = isinstance(error, ray.exceptions.ActorUnavailableError)
+        is_restarted = isinstance(error, sys.modules["ray"].exceptions.ActorUnavailableError)
         for way in list(_ways.values()):
             if self.process or not is_restarted:
                 way.mourn(actor._actor_id.hex(), self.process if is_restarted else None)
@@ -7142,7 +7150,7 @@ class _RayBackend(_Backend):
             logger.warning("the actor of %s (pid %s) died: its state is lost, a new one takes its place (%s)",
                            self.name, self.pid, _cause_of_death(error))
             self.pool.restarts += 1
-            self._launch()
+            self._launch_again()
 
     def lose_ray(self):
         """Fail everything: Ray was shut down. The thread may be waiting for ever."""
@@ -7161,10 +7169,18 @@ class _RayBackend(_Backend):
         if self.was_built and self.failures < _STARTS and not self.is_finishing:
             logger.warning("%s failed before its first call (%s): it is started again", self.name, error)
             self.pool.restarts += 1
-            self._launch()
+            self._launch_again(0.2 * self.failures)
             return
         self._end()
         self.pool.lose(self, error)
+
+    def _launch_again(self, seconds=0):
+        # Later: an actor's name is free a moment after nobody holds the dead one any more, and our callers do.
+        self.call_actor = None
+        if seconds:
+            self.reader.post(self.reader.later, seconds, functools.partial(self.post, self._launch))
+        else:
+            self.post(self._launch)
 
     # Ending. What has to reach a worker in the middle of a call is said on the reader's thread.
 
@@ -7293,6 +7309,11 @@ def _actor_options(options):
         if name in options.actor_options:
             raise ValueError(f"actor_options={{{name!r}: ...}} is not possible: a worker runs one call at a time, and "
                              f"coroutines as many as come; max_queued_tasks bounds them")
+    if options.actor_options.get("get_if_exists"):
+        raise ValueError("actor_options={'get_if_exists': True} is not possible: a worker is an actor of its own")
+    if options.actor_options.get("name") and options.max_workers != 1:
+        raise ValueError(f"actor_options={{'name': ...}} is not possible with max_workers={options.max_workers}: a "
+                         f"name is one actor's")
     given = {name: getattr(options, name) for name in _RAY_OPTIONS if getattr(options, name) is not None}
     return {**options.actor_options, **given}
 
@@ -8138,6 +8159,7 @@ class _Pool:
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
         self.calls.pop(call, None)
         call.args = call.kwargs = call.message = None
+        call.dependencies = ()          # what lies in Ray's store for it
         call.context = None             # it holds the call
         backend = call.backend
         if backend is not None:
@@ -8728,7 +8750,8 @@ class _Builder:
         Returns the handle when all constructors have returned; raises what one of them raised, with
         nothing left running; ValueError for options that do not go together. In ray mode it does not wait:
         what a constructor raises is in the futures. There it raises ImportError without the package, RuntimeError
-        without a running Ray, ValueError for a pydantic or morphic model, and what Ray says of its options.
+        without a running Ray, ValueError for a pydantic or morphic model, and what Ray says of options that it
+        does not know.
         """
         return _open(self._cls, self._given, args, kwargs)
 

@@ -8610,6 +8610,27 @@ class RayTests(RayTestCase):
             handle = self.start(Counter, mode=mode, num_cpus=2, num_gpus=1, resources={"x": 1}, memory=1, actor_options={"x": 1})
             self.assertEqual(handle.add().result(SAFETY), 1)
 
+    def test_a_named_actor(self):
+        """The name is free again a moment after the actor has died."""
+        worker = self.make(Maker, actor_options={"name": "only one"})
+        with self.log_of():
+            self.assertIsInstance(worker.exit().exception(SAFETY), WorkerDiedError)
+            self.assertTrue(worker.pid().result(SAFETY))
+        self.assertIn(worker.get_pool_stats()["restarts"], (1, 2, 3))
+        self.assertRaisesRegex(ValueError, "a name is one actor's", self.make, Maker, max_workers=2, actor_options={"name": "x"})
+        self.assertRaisesRegex(ValueError, "get_if_exists", self.make, Maker, actor_options={"name": "x", "get_if_exists": True})
+
+    def test_a_done_call_holds_nothing_in_the_store(self):
+        maker, other = self.make(Maker), self.make(Maker)
+        made = maker.make(os.path.join(self.folder(), "loads"), 1_000_000)
+        sizes = other.sizes(made)
+        self.assertEqual(sizes.result(SAFETY), [1_000_000])
+        held = weakref.ref(made)
+        del made
+        gc.collect()
+        self.assertIsNone(held())
+        self.assertEqual(sizes.__dict__["_claim"].dependencies, ())
+
     def test_what_cannot_be_placed_yet_is_waited_for(self):
         """`init` does not wait for the cluster; stop ends what was never placed."""
         worker = self.make(Maker, resources={"unobtainable": 1})
@@ -8817,9 +8838,11 @@ class RayTests(RayTestCase):
                     assert "in Ray's store when" in str(worker.size(large).exception(20)), large
                     assert worker.one().result(20) == 1
                     worker.stop()
-                    try: W.options(mode="ray", limits=limits).init()
-                    except pickle.PicklingError as error: assert "make new ones" in str(error), error
-                    else: raise AssertionError
+                    for use, kind in ((lambda: W.options(mode="ray", limits=limits).init(), RuntimeError),
+                                      (lambda: concurry.Executor("ray", 1).submit(len, limits).result(20), pickle.PicklingError)):
+                        try: use()
+                        except kind as error: assert "make new ones" in str(error), error
+                        else: raise AssertionError
                 limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
                 worker = W.options(mode="ray", max_queued_tasks=None, limits=limits).init()
                 assert worker.one().result(20) == 1
@@ -8915,6 +8938,9 @@ class RayTests(RayTestCase):
         self.assertEqual(in_use(limits)["slots"], 0)
         pool = self.make(TaskWorker, limits=[limits])
         self.assertEqual(pool.submit(lambda: in_use(limits)["slots"]).result(SAFETY), 0)
+        made_there = pool.submit(lambda: LimitSet([ResourceLimit("slots", 3)])).result(SAFETY)      # by a worker
+        with made_there.acquire({"slots": 2}):
+            self.assertEqual(in_use(made_there), {"slots": 2})
         self.assertEqual(list(pool.map(lambda x: (x, in_use(limits)["slots"]), range(2))), [(0, 0), (1, 0)])
 
     def test_the_keeper_dies(self):
