@@ -3859,7 +3859,7 @@ class _OnDemand:
         self.reader.post(self._rest, self.total)
 
     def _rest(self, total):
-        if self.is_spent:
+        if self.is_spent or self.pool.closed is not None:
             self._leave(total)
         else:
             self.reader.later(self.pool.options.on_demand_linger, lambda: self._leave(total))
@@ -8121,6 +8121,8 @@ class _Pool:
         backend.calls[call] = None
         if call not in self.calls:      # settled since: who did that may not have seen the backend
             backend.calls.pop(call, None)
+            if self.options.on_demand and not backend.calls:
+                backend.rest()          # it may have been made for this call
             return
         backend.total += 1
         self.dispatched += 1

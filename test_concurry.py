@@ -3347,6 +3347,22 @@ class PoolTests:
         self.assertEqual(pool.get_pool_stats()["total_workers"], 0)
         self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
 
+    def test_a_call_that_is_cancelled_while_its_worker_is_made(self):
+        """It was made for nobody, and goes."""
+        for cls, method, args in ((TaskWorker, "submit", (square, 3)), (Counter, "add", (1,))):
+            pool = self.make(cls, on_demand=True, max_workers=1, on_demand_linger=0)
+            start = pool._pool.kind.start
+
+            def start_and_cancel(backend):
+                start(backend)
+                for call in list(backend.pool.calls):
+                    self.assertTrue(call.future.cancel())
+            with unittest.mock.patch.object(pool._pool.kind, "start", start_and_cancel):
+                future = getattr(pool, method)(*args)
+            self.assertTrue(future.cancelled())
+            until(lambda: pool.get_pool_stats()["total_workers"] == 0)
+            self.assertTrue(getattr(pool, method)(*args).result(SAFETY))
+
     def test_a_lingering_task_worker_serves_the_next_call(self):
         pool = self.make(TaskWorker, on_demand=True, max_workers=1, on_demand_linger=SAFETY)
         where = [pool.submit(identity).result(SAFETY) for _ in range(3)]
