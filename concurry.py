@@ -8090,7 +8090,7 @@ class _Pool:
         except BaseException:           # a signal handler's: the turn must not stay taken
             if turn.get("is") is mine:
                 del turn["is"]
-                self.place()
+            self.place()                # also what others have left to this thread while it had its turn
             raise
 
     def _has_room(self):

@@ -9166,6 +9166,34 @@ class SignalTests(CleanTestCase):
                     ended = run_script(self.SCRIPT, log, mode, str(on_demand))
                     self.assertEqual(ended.stdout, "True [] [] 0\n")
 
+    def test_what_others_have_left_to_a_thread_that_is_interrupted(self):
+        """It had given up its turn, and was about to look whether somebody came meanwhile."""
+        class Boom(Exception):
+            pass
+
+        class Turn(dict):
+            def __delitem__(self, key):
+                super().__delitem__(key)
+                if self.meanwhile and threading.current_thread() is threading.main_thread():
+                    meanwhile, self.meanwhile = self.meanwhile, None
+                    self["is"] = "mine"             # as it was until now
+                    meanwhile()
+                    super().__delitem__(key)
+                    raise Boom
+
+        for mode in ("thread", "process"):
+            with self.subTest(mode):
+                pool, others = self.start(TaskWorker, mode=mode, max_queued_tasks=None), []
+
+                def meanwhile():
+                    others.append(in_thread(pool.submit, square, 3))
+                    until(lambda: pool._pool.backlog)               # it has left its call
+                    until(lambda: len(pool._pool.calls) == 1)       # the interrupted one's is done
+                pool._pool.turn = Turn()
+                pool._pool.turn.meanwhile = meanwhile
+                self.assertRaises(Boom, pool.submit, square, 2)
+                self.assertEqual(others[0].result(SAFETY).result(SAFETY), 9)
+
     def test_a_handler_that_calls_the_task_that_is_being_started(self):
         run_script("""
             import concurry, os, signal
