@@ -6946,7 +6946,11 @@ class _RayBackend(_Backend):
         self.cls, self.arguments, self.coroutines = self.pool.setup
         self.reader = _reader_for(self)
         self.post(self._launch)
-        threading.Thread(target=self._main, name=self.name, daemon=True).start()
+        try:
+            threading.Thread(target=self._main, name=self.name, daemon=True).start()
+        except BaseException:
+            self._end()
+            raise
         _settle(self.started, _RESULT, None)    # nobody waits for the cluster
 
     def post(self, function, *args):
@@ -7133,10 +7137,10 @@ class _RayBackend(_Backend):
             self.is_built = False
             self._look_after(actor)
             return
-        while self.handed and not self.coroutines:
+        while self.handed and not self.coroutines and not self.is_over:
             self._hear_next()           # whoever waits is told first
         self.actor, self.is_built = None, False
-        if self.is_finishing:
+        if self.is_finishing or self.is_over:
             self._end()
         elif not (self.has_begun or self.handed):
             died = WorkerDiedError(f"the actor of {self.name} died before it began a call: {_cause_of_death(error)}",
