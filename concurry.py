@@ -7113,6 +7113,7 @@ class _RayBackend(_Backend):
             self.call_actor = self.actor.call.remote
             self._look_after(self.actor)
         except BaseException as error:
+            _kill_actor(self.actor)         # it may be there all the same
             self.actor = None
             self._failed_to_start(error)
 
@@ -7159,6 +7160,7 @@ class _RayBackend(_Backend):
             self._hear_next()           # whoever waits is told first
         self.actor, self.is_built = None, False
         if self.is_finishing or self.is_over:
+            _kill_actor(actor)              # else Ray might restart it
             self._end()
         elif not (self.has_begun or self.handed):
             died = WorkerDiedError(f"the actor of {self.name} died before it began a call: {_cause_of_death(error)}",
