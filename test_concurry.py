@@ -54,15 +54,20 @@ os.environ["CONCURRY_TESTS"] = TOKEN = f"tests-{os.getpid()}"       # our descen
 
 
 def setUpModule():
-    """Have a folder of our own for temporary files, to see whether some are left."""
-    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    """Have folders of our own for temporary files, to see whether some are left."""
+    settings = unittest.mock.patch.dict(os.environ)
+    settings.start()
+    before = tempfile.tempdir
     folder = tempfile.TemporaryDirectory(prefix="concurry-tests-")
+    of_ray = tempfile.mkdtemp(prefix="ray-", dir="/tmp")        # a short path: there are sockets in it
     tempfile.tempdir = os.environ["TMPDIR"] = folder.name
+    os.environ["RAY_TMPDIR"] = of_ray
 
     def put_back():
-        tempfile.tempdir, variable = before
-        os.environ.pop("TMPDIR") if variable is None else os.environ.update(TMPDIR=variable)
+        settings.stop()
+        tempfile.tempdir = before
         folder.cleanup()
+        shutil.rmtree(of_ray, ignore_errors=True)
     unittest.addModuleCleanup(put_back)
     unittest.addModuleCleanup(Cluster.end)
 
@@ -265,32 +270,29 @@ class CleanTestCase(unittest.TestCase):
 class Cluster:
     """A Ray cluster on this machine; it lasts as long as classes that need it follow each other."""
 
-    folder = None
-    joining = ""                    # what a script has to begin with, to be part of it
+    joining = None                  # what a script has to begin with, to be part of it
 
     @classmethod
     def start(cls):
         import ray
-        if cls.folder is None:
-            cls.folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")        # a short path: there are sockets in it
+        if cls.joining is None:
             os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 context = ray.init(num_cpus=CPUS, include_dashboard=False, logging_level="ERROR", log_to_driver=False,
-                                   object_store_memory=200_000_000, _temp_dir=cls.folder)
+                                   object_store_memory=200_000_000)
             cls.joining = (f"import ray; ray.init({context.address_info['address']!r}, logging_level='ERROR', "
                            f"log_to_driver=False)\n")
 
     @classmethod
     def end(cls):
-        if cls.folder is not None:
+        if cls.joining is not None:
             import ray
             watch = concurry._ray_watch
             ray.shutdown()
             if watch is not None:           # it lingers until then
                 watch.join(SAFETY)
-            shutil.rmtree(cls.folder, ignore_errors=True)
-            cls.folder = None
+            cls.joining = None
 
 
 class RayBelongings:
