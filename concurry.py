@@ -513,7 +513,6 @@ class _Here(threading.local):
     is_ours = False             # a worker's thread, an event loop's, the reader
     callbacks = 0               # done-callbacks being run, one inside the other
     failing = None              # (future, kind, value) to be settled by the one who settles now
-    sync_calls = ()             # calls that this thread carries out because it made them
     building = None             # the recipe whose object the next `__new__` makes
     made = None                 # the id of that object
     recipe = None               # in the fork method: how a worker finds what its parent had in hand
@@ -3043,8 +3042,8 @@ class _LeastActive:
     algorithm = "LeastActiveLoad"
 
     def choose(self, backends, room):
-        backend = min(backends, key=lambda backend: len(backend.calls))
-        return backend if len(backend.calls) < room else None
+        backend = min(backends, key=lambda backend: len(backend.calls), default=None)
+        return backend if backend and len(backend.calls) < room else None
 
     def stats(self, backends):
         active = {backend.index: len(backend.calls) for backend in backends}
@@ -3216,7 +3215,12 @@ class _Runner:
     def attempt(self, method, args, kwargs):
         """Call the method once; return (kind, value), where the value may be a coroutine still to be run."""
         bound = getattr(self.target, method)
-        return _attempt(_bare(bound) if self.retries else bound, args, kwargs)
+        if self.retries:
+            bound = _bare(bound)
+        try:
+            return _RESULT, bound(*args, **kwargs)
+        except BaseException as error:
+            return _ERROR, _without_our_frame(error)
 
     def attempts(self, method, args, kwargs):
         """Return the retry loop for a call, to be driven; None if it is made once."""
@@ -3228,11 +3232,19 @@ class _Runner:
             method = getattr(fn, "__name__", method)
         return retries.attempts(method, self.class_name, args, kwargs)
 
-    def outcome(self, method, args, kwargs):
-        """Carry out a call in this thread, a coroutine to its end; return (kind, value)."""
-        if self.retries:
+    def outcome(self, calling, method, args, kwargs):
+        """Carry out a call in this thread and context, a coroutine to its end; return (kind, value).
+
+        What runs can tell by `calling` what it is part of.
+        """
+        _calling.set(calling)
+        try:
+            if not self.retries:
+                return self._once(method, args, kwargs)
+            _attempt_here.set(None)         # it is part of no attempt of whoever submitted it
             return self.again(method, args, kwargs, functools.partial(self._once, method, args, kwargs))
-        return self._once(method, args, kwargs)
+        except BaseException as error:      # of the event loop itself
+            return _ERROR, error
 
     def _once(self, method, args, kwargs):
         outcome = self.attempt(method, args, kwargs)
@@ -3434,17 +3446,7 @@ def _carry_out(runner, call):
     """Run the call in this thread and settle its future, unless it was cancelled."""
     context = call.context              # None if it has been settled
     if context is not None and call.future._begin():
-        _settle(call.future, *context.run(_outcome_inside, runner, call))
-
-
-def _outcome_inside(runner, call):
-    _calling.set(call)
-    if runner.retries:
-        _attempt_here.set(None)         # it is part of no attempt of whoever submitted it
-    try:
-        return runner.outcome(call.method, call.args, call.kwargs)
-    except BaseException as error:      # of the event loop itself
-        return _ERROR, error
+        _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
 
 
 # === Backends: sync, thread, asyncio ===
@@ -3526,6 +3528,10 @@ class _Backend:
         """Tell whether this thread is the worker's, so that waiting for its end would be for ever."""
         return False
 
+    def calls_here(self):
+        """Return the calls that are being carried out because this thread has made them."""
+        return ()
+
     def stalls_here(self):
         """Tell whether waiting in this thread would stall the calls that run."""
         return False
@@ -3561,7 +3567,7 @@ class _SyncBackend(_Backend):
     runs_inline = True
 
     def start(self):
-        self.inside = {}                # the calls being carried out
+        self.inside = {}                # the calls being carried out: by which thread
         self.is_over = False
         self.once = itertools.count()
         self._build()
@@ -3576,12 +3582,10 @@ class _SyncBackend(_Backend):
             raise value
 
     def _run(self, call):
-        self.inside[call] = None
-        _here.sync_calls += (call,)
+        self.inside[call] = threading.get_ident()
         try:
             _carry_out(self.runner, call)
         finally:
-            _here.sync_calls = _here.sync_calls[:-1]
             del self.inside[call]
             if self.is_over:
                 self._close()
@@ -3598,7 +3602,10 @@ class _SyncBackend(_Backend):
             _settle(self.ended, _RESULT, None)
 
     def is_here(self):
-        return any(call.backend is self for call in _here.sync_calls)
+        return bool(self.calls_here())
+
+    def calls_here(self):
+        return [call for call, thread in list(self.inside.items()) if thread == threading.get_ident()]
 
 
 class _ThreadBackend(_Backend):
@@ -3674,7 +3681,7 @@ class _OnDemandThreadBackend(_ThreadBackend):
         except BaseException as error:
             outcome = _ERROR, _start_error(_without_our_frame(error), self)
         else:
-            outcome = context.run(_outcome_inside, runner, call)
+            outcome = context.run(runner.outcome, call, call.method, call.args, call.kwargs)
             if not keeps:
                 runner.close()
                 runner = None
@@ -3964,6 +3971,14 @@ def _dumps(obj, roots=None):
         pickler.reset()
         _picklers.append(pickler)
     return data, buffers
+
+
+_PLAINEST = frozenset([int, float, bool, str, type(None)])       # there is nothing in them to be asked about
+
+
+def _dumps_plain(obj):
+    """Do as `_dumps` for what consists of nothing but the plainest."""
+    return _pickle().dumps(obj, 5), ()
 
 
 def _loads(data, buffers=()):
@@ -5386,7 +5401,8 @@ def _load_wire():
     import socket
 
 
-_HEADER = struct.Struct("<BxHIQ")       # kind, number of buffers, microseconds it took, bytes of pickle
+# Kind, number of buffers, bytes of pickle; of an answer the microseconds it took, of a call the number of its function.
+_HEADER = struct.Struct("<BxHIQ")
 _MOST = 1 << 48         # bytes: whoever says there are more is mistaken
 _TRUSTED = 1 << 26      # bytes: memory is taken for so many before they have come
 _SIZE = struct.Struct("<Q")             # of a buffer, times two, plus one if it is read-only
@@ -5400,22 +5416,22 @@ _BUILT, _NOT_BUILT, _TICKET, _RETURNED, _RAISED, _NOT_LOADED = range(6, 12)
 _VERDICT = 12
 
 
-def _message(kind, portable, took=0):
+def _message(kind, portable, number=0):
     """Return the parts of a message, to be sent one after the other."""
     data, buffers = portable
-    head = _HEADER.pack(kind, len(buffers), min(took, 0xFFFFFFFF), len(data))
+    head = _HEADER.pack(kind, len(buffers), min(number, 0xFFFFFFFF), len(data))
     if buffers:
         head += b"".join(_SIZE.pack(buffer.nbytes * 2 + buffer.readonly) for buffer in buffers)
     return [head + data, *buffers] if len(data) < _BUFFER_SIZE else [head, data, *buffers]
 
 
 def _receive(connection):
-    """Wait for a message and return (kind, microseconds, pickle, buffers); EOFError at the end."""
-    kind, count, took, size = _HEADER.unpack(_read(connection, _HEADER.size))
+    """Wait for a message and return (kind, number, pickle, buffers); EOFError at the end."""
+    kind, count, number, size = _HEADER.unpack(_read(connection, _HEADER.size))
     sizes = [_SIZE.unpack(_read(connection, _SIZE.size))[0] for _ in range(count)]
     data = _read(connection, size)
-    return kind, took, data, [_read(connection, size >> 1) if size & 1 else _read_into(connection, bytearray(size >> 1))
-                              for size in sizes]
+    return kind, number, data, [_read(connection, size >> 1) if size & 1
+                                else _read_into(connection, bytearray(size >> 1)) for size in sizes]
 
 
 def _read(connection, size):
@@ -5457,6 +5473,7 @@ class _Inbox:
         self.is_at_end = False
         self._messages = []                             # the one that has just become complete
         self._bytes, self._filled = bytearray(), 0      # what has come of the bytes needed, and perhaps more
+        self._is_between = True                         # it is a header that is needed
         self._parts = self._take_apart()
         self._needed = next(self._parts)
 
@@ -5470,7 +5487,7 @@ class _Inbox:
             except OSError:                 # reset by a dead worker
                 count = wanted = 0
             self.is_at_end = not count
-            self._filled += count
+            yield from self._whole_ones()
             while self._filled >= self._needed:
                 self._needed = self._parts.send(self._cut(self._needed))
                 if self._messages:
@@ -5482,13 +5499,29 @@ class _Inbox:
         if self._needed < _BUFFER_SIZE:
             chunk = self.connection.recv(_BUFFER_SIZE)
             self._bytes += chunk
+            self._filled += len(chunk)
             return len(chunk), _BUFFER_SIZE
         if len(self._bytes) == self._filled:        # no room: not at once for all that is announced, wrongly perhaps
             whole = bytearray(min(self._needed, max(2 * self._filled, _TRUSTED)))
             whole[:self._filled] = self._bytes
             self._bytes = whole
         wanted = len(self._bytes) - self._filled
-        return self.connection.recv_into(memoryview(self._bytes)[self._filled:]), wanted
+        count = self.connection.recv_into(memoryview(self._bytes)[self._filled:])
+        self._filled += count
+        return count, wanted
+
+    def _whole_ones(self):
+        """Take the messages that are there as a whole and have no buffers, with less ado than `_take_apart`."""
+        at = 0
+        while self._is_between and at + _HEADER.size <= self._filled:
+            kind, count, number, size = _HEADER.unpack_from(self._bytes, at)
+            begin = at + _HEADER.size
+            if count or size > self._filled - begin or kind not in self.kinds:
+                break
+            at = begin + size
+            yield kind, number, self._bytes[begin:at], []
+        if at:
+            self._cut(at)
 
     def _cut(self, size):
         self._filled -= size
@@ -5501,7 +5534,10 @@ class _Inbox:
 
     def _take_apart(self):
         while True:
-            kind, count, took, size = _HEADER.unpack((yield _HEADER.size))
+            self._is_between = True
+            head = yield _HEADER.size
+            self._is_between = False
+            kind, count, number, size = _HEADER.unpack(head)
             if kind not in self.kinds or size > _MOST:
                 raise ValueError(f"a message of kind {kind} and {size} bytes")
             sizes = []
@@ -5514,13 +5550,14 @@ class _Inbox:
             for size in sizes:
                 buffer = yield size >> 1
                 buffers.append(bytes(buffer) if size & 1 else buffer)
-            self._messages.append((kind, took, data, buffers))
+            self._messages.append((kind, number, data, buffers))
 
 
 # === Backend: process ===
 
-_QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead ...
-_AHEAD = 16             # ... so many: they cannot be cancelled any more, but save waiting for each
+_QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead, ...
+_SOON = 8_000           # microseconds: ... as many as take so long together, ...
+_MOST_AHEAD = 256       # ... so many at most: they cannot be cancelled any more, but save waiting for each
 _STARTS = 3             # in a row that failed, and the worker is given up
 
 # The worker's side
@@ -5542,9 +5579,9 @@ def _value_at(index):
 
 
 class _Shared:
-    """A function that goes to each worker of a pool once, for many calls."""
+    """A function that goes to each worker of a pool once, for many calls: before their first argument."""
 
-    numbers = itertools.count()
+    numbers = itertools.count(1)
     functions = {}              # in the worker: by number
 
     def __init__(self, fn):
@@ -5553,12 +5590,28 @@ class _Shared:
         self.portable = _frozen(_dumps_keeping(self.kept, fn, lambda: ({"the function": fn},)))
         self.holders = weakref.WeakSet()        # the links that have sent it
 
-    def __reduce__(self):
-        return _shared_function, (self.number,)
-
     def __del__(self):
         for link in self.holders:
             link.forgotten.append(self.number)
+
+
+_MOST_KNOWN = 100       # functions that a pool shares by itself
+
+
+def _shared_by(pool, fn):
+    """Return what stands for the first argument of a call if it is a function that is shared, else None.
+
+    One that the workers import is, for there is nothing that could change from call to call: looking for it
+    costs, here and there, more than all else in a small call.
+    """
+    if type(fn) is _Shared:
+        return fn
+    if type(fn) is not types.FunctionType and type(fn) is not types.BuiltinFunctionType:
+        return None
+    shared = pool.known.get(fn)
+    if shared is None and len(pool.known) < _MOST_KNOWN and _is_found(fn, fn.__qualname__):
+        shared = pool.known[fn] = _Shared(fn)
+    return shared
 
 
 def _shared_function(number):
@@ -5572,7 +5625,7 @@ def _worker_main(connection):
     """Live as a worker process: the recipe comes first, then calls, until the parent hangs up."""
     global _upstream, _worker_index
     _load_wire()
-    _here.__dict__.update(is_ours=True, reader=None, callbacks=0, sync_calls=())
+    _here.__dict__.update(is_ours=True, reader=None, callbacks=0)
     recipe, _here.recipe = _here.recipe, None       # set by the parent before a fork, which inherits it
     if recipe is not None:
         _be_forked()
@@ -5630,10 +5683,10 @@ def _load(loads, *args):
 
 def _serve(connection, runner):
     """Take one message from the parent; carry it out, and answer, if it is a call."""
-    kind, _, data, buffers = _receive(connection)
+    kind, shared, data, buffers = _receive(connection)
     if kind == _CALL:
         began = time.perf_counter()
-        answer = _answer(runner, data, buffers)
+        answer = _answer(runner, shared, data, buffers)
         _upstream.send(_message(*answer, int((time.perf_counter() - began) * 1e6)))
     elif kind == _VALUES:
         _Place.values = data, buffers       # loaded with the call, which has begun then
@@ -5645,17 +5698,19 @@ def _serve(connection, runner):
             _Shared.functions.pop(number, None)
 
 
-def _answer(runner, data, buffers):
+def _answer(runner, shared, data, buffers):
     """Carry out a call; return the kind and the content of the answer."""
     try:
         if _Place.values:
             _Place.values = _load(_loads, *_Place.values)
         method, args, kwargs = _load(_loads, data, buffers)
+        if shared:
+            args = _load(_shared_function, shared), *args
     except BaseException as error:
         return _not_loaded(error)
     finally:
         _Place.values = ()
-    return _answer_of(method, *contextvars.Context().run(_outcome_here, runner, method, args, kwargs))
+    return _answer_of(method, *contextvars.Context().run(runner.outcome, runner, method, args, kwargs))
 
 
 def _not_loaded(error):
@@ -5667,6 +5722,8 @@ def _answer_of(method, kind, value):
     pickle = _pickle()
     if kind is _ERROR:
         return _RAISED, _dump_error(value)
+    if type(value) in _PLAINEST:
+        return _RETURNED, _dumps_plain(value)
     try:
         try:
             return _RETURNED, _dumps(value, lambda: ({"result": value}, f" of {method}()"))
@@ -5678,12 +5735,10 @@ def _answer_of(method, kind, value):
         return _RAISED, _dump_error(_without_our_frame(error))
 
 
-def _outcome_here(runner, method, args, kwargs):
-    _calling.set(runner)
-    return runner.outcome(method, args, kwargs)
-
-
 # The parent's side
+
+_SENT = object()        # the claim on calls that were sent: it may be made twice, and again after a death
+
 
 class _RingingLock:
     """A lock that the reader waits for: its release is heard by a thread that listens to sockets."""
@@ -5883,7 +5938,7 @@ class _Link:
     def flush(self):
         """Send what the socket takes; tell whether that was all."""
         while self.outbox:
-            parts = list(itertools.islice(self.outbox, 64))
+            parts = list(itertools.islice(self.outbox, 1000))       # the kernel takes 1,024 at once
             taken, latest = self.taken
             try:
                 # In one step that no signal handler can come into: the number would be lost.
@@ -5976,16 +6031,21 @@ class _ProcessBackend(_Backend):
         args, kwargs = call.args, call.kwargs
         if args is None or kwargs is None:      # stop() was quicker: it is settled
             return False
+        shared, rest = _shared_by(call.pool, args[0]) if args else None, args
+        if shared is not None:
+            call.shared, rest = shared, args[1:]
         try:
-            portable = _dumps_keeping(call.pool.kept, (call.method, args, kwargs),
-                                      lambda: _call_parts(call.method, args, kwargs))
+            if not kwargs and _PLAINEST.issuperset(map(type, rest)):
+                portable = _dumps_plain((call.method, rest, kwargs))
+            else:
+                portable = _frozen(_dumps_keeping(call.pool.kept, (call.method, rest, kwargs),
+                                                  lambda: _call_parts(call.method, args, kwargs)))
         except BaseException as error:
             _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
             if not isinstance(error, Exception):
                 raise
             return False
-        call.shared = next((arg for arg in args[:1] if type(arg) is _Shared), None)
-        call.message = _message(_CALL, _frozen(portable))
+        call.message = _message(_CALL, portable, shared.number if shared else 0)
         call.args = call.kwargs = None
         return True
 
@@ -6039,15 +6099,16 @@ class _ProcessBackend(_Backend):
                 and (link.outbox or self.queue and len(link.sent) < self._window()))
 
     def _window(self):
-        return _AHEAD if self.pace < _QUICK else 1
+        return 1 if self.pace >= _QUICK else min(_MOST_AHEAD, int(_SOON / max(self.pace, 1)))
 
     def _feed(self, link):
-        while self.queue and len(link.sent) < self._window():
+        window = self._window()
+        while self.queue and len(link.sent) < window:
             call = self.queue[0]
             message = call.message
             # None: settled meanwhile. On this link already: it is in the queue twice, for a signal handler has
             # raised while it was placed.
-            if message is not None and call.link is not link and call.future._begin(call):
+            if message is not None and call.link is not link and call.future._begin(_SENT):
                 call.link = link
                 link.send(self._news(link, call.shared) + message, call)
             self.queue.popleft()
@@ -6481,8 +6542,7 @@ class _PoolWhileImporting(RuntimeError):
 # A result stays in Ray's store until it is asked for: a call returns a small status and, apart from it, what
 # is large. The status tells that the call has ended, and moves nothing else.
 
-_SOON = 20_000          # microseconds: of quick calls as many are handed over as take so long together, ...
-_MOST_AHEAD = 256       # ... so many at most: they are lost when the actor dies, but save waiting for each
+_SOON_BY_RAY = 20_000   # microseconds: as many quick calls are handed over as take so long together
 _STATUS = struct.Struct("<BI")      # kind of answer, microseconds; a small result follows
 
 
@@ -6781,7 +6841,7 @@ class _Actor:
         call, refusal = self._load(packed, values, dependencies)
         if call is None:
             return _status(*refusal)
-        outcome = contextvars.Context().run(_outcome_here, self.runner, *call)
+        outcome = contextvars.Context().run(self.runner.outcome, self.runner, *call)
         (kind, portable), refs = _with_refs(_answer_of, call[0], *outcome)
         if _ways:
             _run(_unheard(), None)
@@ -7000,7 +7060,7 @@ class _RayBackend(_Backend):
 
     def _window(self):
         """Return how many plain calls are handed over at once. Beside coroutines Ray does not keep their order."""
-        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON / max(self.pace, 1))))
+        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON_BY_RAY / max(self.pace, 1))))
 
     def _feed(self):
         if not self.is_built:
@@ -7975,6 +8035,7 @@ class _Pool:
         self.bound = recipe.bound
         self.room = options.room
         self.balancer = _BALANCERS[options.load_balancing]()
+        self.choose = self._choose_or_grow if options.on_demand else self.balancer.choose
         self.kind = _BACKENDS[options.mode, options.on_demand]
         self.backends = []
         self.calls = {}
@@ -7987,8 +8048,9 @@ class _Pool:
         self.closed = None              # why no call is taken any more, in words
         self.is_finishing = False       # the workers end when the last call has
         self.once = itertools.count()   # who asks first gets 0: ending is done once
-        self.broken = None              # the error of the last worker that was given up
+        self.broken = None              # why nobody takes the next call: what the last worker was given up for
         self.kept = {}                  # limit sets that its calls have brought to processes
+        self.known = {}                 # functions that its calls name again and again, and what stands for them
         self.context = contextvars.copy_context()       # for constructors: of whoever made the pool
 
     # Starting
@@ -8028,7 +8090,7 @@ class _Pool:
         Raises RuntimeError when no call is taken any more, TimeoutError at the deadline.
         """
         future = self.kind.future()
-        call = future.__dict__["_call"] = _Call(self, future, method, args, kwargs)
+        call = future._call = _Call(self, future, method, args, kwargs)
         self.calls[call] = None
         try:
             if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
@@ -8130,13 +8192,13 @@ class _Pool:
             call = backlog[0]
             if call in self.calls:          # it is not settled yet
                 # With a backend: the step is done a second time.
-                backend, error = self._choose() if call.backend is None else (call.backend, None)
-                if error is not None:
-                    refused.append((call, error))
-                elif backend is None:
+                backend = call.backend or self.choose(self.backends, self.room)
+                if backend is not None:
+                    self._assign(call, backend)
+                elif self.broken is None:
                     break
                 else:
-                    self._assign(call, backend)
+                    refused.append((call, self.broken))
             backlog.popleft()
         return refused
 
@@ -8154,25 +8216,21 @@ class _Pool:
         if call.gate is not None:
             call.open_gate()
 
-    def _choose(self):
-        """Return the worker for the next call, None if none has room, or the reason why none ever will."""
-        if self.broken is not None:
-            return None, self.broken
-        backends = self._usable()
-        backend = self.balancer.choose(backends, self.room) if backends else None
-        if backend is None and self.options.on_demand and len(self.backends) < self.options.max_workers:
+    def _choose_or_grow(self, backends, room):
+        """Return the worker for the next call, a new one if need be; None if there may be no more."""
+        self.broken = None
+        backend = self.balancer.choose(self._usable(), room)
+        if backend is None and len(backends) < self.options.max_workers:
             try:
                 backend = self._grow()
             except Exception as error:
-                if not self.backends:       # else the call waits for one of those
-                    return None, error
-        return backend, None
+                if not backends:            # else the call waits for one of those
+                    self.broken = error
+        return backend
 
     def _usable(self):
         """Return the workers that may get a call once they have room."""
-        if self.options.on_demand:
-            return [backend for backend in self.backends if not backend.is_spent]
-        return self.backends
+        return [backend for backend in self.backends if not backend.is_spent]
 
     def _grow(self):
         taken = {backend.index for backend in self.backends}
@@ -8297,8 +8355,8 @@ class _Pool:
             logger.warning("%s was stopped: %d calls that had not begun were cancelled", self.name, dropped)
         for backend in list(self.backends):
             backend.hurry()
-        mine = {_calling.get(), *_here.sync_calls}      # whoever stops cannot wait for itself
-        running = [call for call in list(self.calls) if call not in mine]
+        mine = {_calling.get()}.union(*(backend.calls_here() for backend in self.backends))
+        running = [call for call in list(self.calls) if call not in mine]       # whoever stops cannot wait for itself
         waited_for = {call.future for call in running if call.backend is None or not call.backend.stalls_here()}
         _run(_settled_of(waited_for, ALL_COMPLETED), timeout)
         for backend in list(self.backends):
@@ -8391,7 +8449,7 @@ def _abandon_all():
     _reader_lock, _naming = threading.RLock(), threading.RLock()    # another thread may have held them
     _readers.clear()
     # The only thread there is now may have been the reader, or a worker's.
-    _here.__dict__.update(is_ours=False, reader=None, callbacks=0, failing=None, sync_calls=())
+    _here.__dict__.update(is_ours=False, reader=None, callbacks=0, failing=None)
     _calling.set(None)
     for pool in pools:
         pool.abandon()

@@ -8787,11 +8787,11 @@ class RayTests(RayTestCase):
             after = [future.exception(SAFETY) for future in behind]
         self.assertRegex(str(error), rf"Maker-0 \(pid {first}\) died before the end of hold\(\).*killed by `ray.kill`")
         self.assertEqual((error.pid, error.started, error.method), (first, None, "hold"))
-        # Those that were handed over ahead are lost with it: how many, the window says.
+        ahead = 16          # those that were handed over ahead are lost with it: how many, the window says
         lost = [error for error in after if error is not None]
-        self.assertLess(len(lost), concurry._AHEAD)
+        self.assertLess(len(lost), ahead)
         self.assertEqual({(type(error), error.started) for error in lost} - {(WorkerDiedError, None)}, set())
-        self.assertEqual({error is None for error in after[concurry._AHEAD:]}, {True})
+        self.assertEqual({error is None for error in after[ahead:]}, {True})
         self.assertNotEqual(behind[-1].result(), first)
         self.assertRegex(logs.output[0], "state is lost, a new one")
         self.assertEqual(worker.get_pool_stats()["restarts"], 1)
