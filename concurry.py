@@ -685,14 +685,13 @@ class BaseFuture(concurrent.futures.Future):
     def _wait(self, timeout):
         """Sleep until the outcome is there, and return it."""
         if timeout is None or _number_of_seconds(timeout) > 0:
-            lock = _held_lock()
-            waker = functools.partial(_release, lock)
-            _attend(self, "_wakers", waker)
+            lock, is_awake = _held_lock(), False
+            _attend(self, "_wakers", lock)
             try:
-                _sleep_on(lock, timeout)
+                is_awake = _sleep_on(lock, timeout)
             finally:
-                if not self.done():
-                    _leave(self, waker)
+                if not is_awake:
+                    _leave(self, lock)
         outcome = self._outcome
         if outcome is None:
             raise _timeout(f"the call has not ended within {timeout} seconds")
@@ -736,10 +735,6 @@ class BaseFuture(concurrent.futures.Future):
         import pickle
         raise pickle.PicklingError("a future cannot travel to another process: pass it as an argument "
                                    "with unwrap_futures, or its result")
-
-
-def _release(lock, _):
-    lock.release()
 
 
 def _settle(future, kind, value):
@@ -801,7 +796,7 @@ def _settle_under(gate, future, outcome):
 
 
 def _attend(future, where, fn):
-    """Have `fn(future)` called when the future is done: among the wakers, or after them."""
+    """Have `fn(future)` called when the future is done: among the wakers, or after them. A waker may be a lock."""
     future.__dict__.setdefault(where, []).append(fn)
     if future.done():
         _notify(future, where)
@@ -826,7 +821,10 @@ def _notify(future, where):
             _run_callback(fn, future)
             continue
         try:
-            fn(future)
+            if hasattr(fn, "release"):
+                fn.release()
+            else:
+                fn(future)
         except Exception:           # the others have to be told all the same
             logger.exception("exception while %r was settled", future)
 
@@ -1299,6 +1297,10 @@ def _is_future_type(kind):
         or getattr(kind, "_asyncio_future_blocking", None) is not None
 
 
+def _is_looked_into(kind):
+    return _is_container_type(kind) or _is_future_type(kind)
+
+
 def _elements(container):
     return container.values() if type(container) is dict else container
 
@@ -1306,11 +1308,9 @@ def _elements(container):
 def _may_hold_futures(args, kwargs):
     """Tell quickly that there is nothing to look into."""
     for x in args:
-        if type(x) not in _PLAIN:
-            break
-    else:
-        return bool(kwargs) and not _PLAIN.issuperset(map(type, kwargs.values()))
-    return True
+        if type(x) not in _PLAIN and _is_looked_into(type(x)):
+            return True
+    return bool(kwargs) and any(map(_is_looked_into, {*map(type, kwargs.values())} - _PLAIN))
 
 
 class _Nested:
@@ -1331,7 +1331,7 @@ class _Nested:
             container = todo.pop()
             elements = _elements(container)
             kinds = {kind: _is_future_type(kind) for kind in set(map(type, elements)) - _PLAIN
-                     if _is_container_type(kind) or _is_future_type(kind)}
+                     if _is_looked_into(kind)}
             for x in elements if kinds else ():
                 if type(x) in kinds:
                     homes.setdefault(id(x), []).append(container)
@@ -1544,7 +1544,7 @@ class _Retries:
             if kind is _RESULT and not self.validators:
                 return kind, value
             values = {"attempt": attempt, "elapsed_time": clock() - began, "method_name": method,
-                      "worker_class": worker_class, "args": args, "kwargs": kwargs}
+                      "worker_class": worker_class, "args": args, "kwargs": kwargs or {}}
             again, least, reason = self._judge(kind, value, values, here)
             if kind is _RESULT:
                 if not again:
@@ -3026,10 +3026,10 @@ class _RoundRobin:
 
     def choose(self, backends, room):
         for _ in backends:
-            backend = backends[self.turn % len(backends)]
-            self.turn = (self.turn + 1) % len(backends)
-            if len(backend.calls) < room:
-                return backend
+            turn = self.turn % len(backends)
+            self.turn = turn + 1
+            if len(backends[turn].calls) < room:
+                return backends[turn]
         return None
 
     def stats(self, backends):
@@ -3090,11 +3090,12 @@ _BALANCERS = {
 
 # === Calls and runners ===
 
+_NO_KWARGS = {}         # one for all that wait: the garbage collector looks at each dict again and again
+
+
 class _Call:
     """A method and its arguments on the way to a worker, and the future of what comes of it."""
 
-    backend = None              # where it was placed
-    gate = None                 # a lock that the thread which submits it sleeps on
     message = None              # where it goes to a process: the parts of its message ...
     shared = None               # ... the function that has to be there first, ...
     dependencies = ()           # ... to Ray: ObjectRefs of what it brings itself, ...
@@ -3102,16 +3103,18 @@ class _Call:
     deaths = ()                 # ... and the processes that died while they ran it
     task = None                 # the asyncio task that carries it out
     steps = None                # the retry loop of a plain method in asyncio mode
-    watch = None                # while it waits for futures among its arguments
-    is_late = False             # it had to wait for them
+    is_late = False             # it had to wait for futures among its arguments
 
     def __init__(self, pool, future, method, args, kwargs):
         self.pool = pool
         self.future = future
         self.method = method
         self.args = args
-        self.kwargs = kwargs
+        self.kwargs = kwargs or _NO_KWARGS
         self.context = contextvars.copy_context()
+        self.backend = None         # where it was placed
+        self.gate = None            # a lock that the thread which submits it sleeps on
+        self.watch = None           # while it waits for futures among its arguments
 
     def reason(self, cause):
         """Return what the call fails with if nobody takes it any more: the cause, or what it has died of before."""
@@ -3239,10 +3242,11 @@ class _Runner:
         """
         _calling.set(calling)
         try:
-            if not self.retries:
-                return self._once(method, args, kwargs)
-            _attempt_here.set(None)         # it is part of no attempt of whoever submitted it
-            return self.again(method, args, kwargs, functools.partial(self._once, method, args, kwargs))
+            if self.retries:
+                _attempt_here.set(None)     # it is part of no attempt of whoever submitted it
+                return self.again(method, args, kwargs, functools.partial(self._once, method, args, kwargs))
+            outcome = self.attempt(method, args, kwargs)
+            return self._complete(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
         except BaseException as error:      # of the event loop itself
             return _ERROR, error
 
@@ -8005,9 +8009,9 @@ def _signal_handlers():
     """Return the code objects of this process's handlers; empty where signals cannot come."""
     if threading.current_thread() is not threading.main_thread():
         return ()
-    import signal
-    handlers = (signal.getsignal(number) for number in signal.valid_signals())
-    return {_code_of(handler) for handler in handlers if callable(handler)} - {None}
+    import _signal              # `signal` makes an enum of each answer: 80 microseconds instead of 3
+    handlers = filter(callable, map(_signal.getsignal, range(1, _signal.NSIG)))
+    return {_code_of(handler) for handler in handlers} - {None}
 
 
 def _code_of(fn):
@@ -8036,7 +8040,9 @@ class _Pool:
         self.room = options.room
         self.balancer = _BALANCERS[options.load_balancing]()
         self.choose = self._choose_or_grow if options.on_demand else self.balancer.choose
-        self.kind = _BACKENDS[options.mode, options.on_demand]
+        self.kind = kind = _BACKENDS[options.mode, options.on_demand]
+        self.runs_inline, self.prepares, self.make_future = kind.runs_inline, kind.prepares, kind.future
+        self.on_demand = options.on_demand
         self.backends = []
         self.calls = {}
         self.backlog = collections.deque()
@@ -8058,7 +8064,7 @@ class _Pool:
     def start(self):
         """Build the workers side by side; return when all are built, or raise what one of them raised."""
         self.setup = self.kind.set_up(self.recipe, self.options)
-        if self.options.on_demand:
+        if self.on_demand:
             _pools.add(self)
             return
         starts = []
@@ -8089,7 +8095,7 @@ class _Pool:
 
         Raises RuntimeError when no call is taken any more, TimeoutError at the deadline.
         """
-        future = self.kind.future()
+        future = self.make_future()
         call = future._call = _Call(self, future, method, args, kwargs)
         self.calls[call] = None
         try:
@@ -8100,7 +8106,7 @@ class _Pool:
                 if nested.futures:
                     self._await_dependencies(call, nested)
                     return future
-            if self.kind.prepares and not self.kind.prepare(call):
+            if self.prepares and not self.kind.prepare(call):
                 return future
             self.enqueue(call)
             if call.backend is None:
@@ -8113,7 +8119,7 @@ class _Pool:
     def _await_dependencies(self, call, nested):
         """Have the call enqueued when the futures among its arguments are done."""
         futures = list(dict.fromkeys(nested.futures))
-        if self.kind.prepares:
+        if self.prepares:
             places = {id(future): _Place(n) for n, future in enumerate(futures)}
             call.args, call.kwargs = nested.rebuilt(lambda future: places[id(future)])
             if not self.kind.prepare(call):
@@ -8133,7 +8139,7 @@ class _Pool:
                 return
         call.watch = None
         try:
-            if self.kind.prepares:
+            if self.prepares:
                 self.kind.complete(call, [self.kind.value_of(future) for future in futures])
             else:
                 call.args, call.kwargs = nested.rebuilt(self.kind.value_of)
@@ -8144,15 +8150,14 @@ class _Pool:
 
     def enqueue(self, call):
         """Have a call that is ready carried out in its turn."""
-        if self.kind.runs_inline:
+        if self.runs_inline:
             self._assign(call, self.backends[0])
         else:
-            self.backlog.append(call)
-            self.place()
+            self.place(call)
 
     def _wait_for_place(self, call, deadline):
         """Sleep until the call has been placed or settled, where this thread may sleep."""
-        if self.options.on_demand or self.turn.get("is") == [threading.get_ident()] or _must_not_block():
+        if self.on_demand or self.turn.get("is") == [threading.get_ident()] or _must_not_block():
             return
         gate = call.gate = _held_lock()
         # Asked after the gate was made: who settles the call takes it out before he looks for a gate.
@@ -8161,10 +8166,20 @@ class _Pool:
 
     # Placing
 
-    def place(self):
-        """Give what is in the backlog to workers that have room."""
+    def place(self, call=None):
+        """Give this call, after what is in the backlog, to workers that have room."""
         mine, turn = [threading.get_ident()], self.turn
         try:
+            if call is not None:
+                if self.backlog or self.chores or turn.setdefault("is", mine) is not mine:
+                    self.backlog.append(call)
+                else:                   # what the loop below does, for the one that need not stand in line
+                    backend = self.choose(self.backends, self.room)
+                    if backend is None:
+                        self.backlog.append(call)
+                    else:
+                        self._assign(call, backend)
+                    del turn["is"]
             while (self.backlog or self.chores) and turn.setdefault("is", mine) is mine:
                 refused = self._place_all()
                 del turn["is"]
@@ -8176,6 +8191,8 @@ class _Pool:
         except BaseException:           # a signal handler's: the turn must not stay taken
             if turn.get("is") is mine:
                 del turn["is"]
+            if call is not None:
+                self.backlog.appendleft(call)
             self.place()                # also what others have left to this thread while it had its turn
             raise
 
@@ -8207,7 +8224,7 @@ class _Pool:
         backend.calls[call] = None
         if call not in self.calls:      # settled since: who did that may not have seen the backend
             backend.calls.pop(call, None)
-            if self.options.on_demand and not backend.calls:
+            if self.on_demand and not backend.calls:
                 backend.rest()          # it may have been made for this call
             return
         backend.total += 1
@@ -8242,13 +8259,14 @@ class _Pool:
     def leave(self, call):
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
         self.calls.pop(call, None)
-        call.args = call.kwargs = call.message = None
-        call.dependencies = ()          # what lies in Ray's store for it
-        call.context = None             # it holds the call
+        call.args = call.kwargs = call.context = None       # which holds the call
+        if self.prepares:
+            call.message = None
+            call.dependencies = ()      # what lies in Ray's store for it
         backend = call.backend
         if backend is not None:
             backend.calls.pop(call, None)
-            if self.options.on_demand and not backend.calls:
+            if self.on_demand and not backend.calls:
                 backend.rest()
         if call.gate is not None:
             call.open_gate()
@@ -8281,7 +8299,7 @@ class _Pool:
     def _lose(self, backend, error, refused):
         self._remove(backend)
         calls = list(backend.calls)
-        if self.options.on_demand:
+        if self.on_demand:
             refused.extend((call, error) for call in calls)
             return
         for call in calls:
@@ -8405,11 +8423,11 @@ class _Pool:
         return {
             "total_workers": len(self.backends),
             "max_workers": self.options.max_workers,
-            "on_demand": self.options.on_demand,
-            "on_demand_active": busy if self.options.on_demand else 0,
+            "on_demand": self.on_demand,
+            "on_demand_active": busy if self.on_demand else 0,
             "restarts": self.restarts,
             "stopped": self.closed is not None,
-            "max_queued_tasks": None if self.room == float("inf") or self.options.on_demand else self.room,
+            "max_queued_tasks": None if self.room == float("inf") or self.on_demand else self.room,
             "load_balancer": {"algorithm": self.balancer.algorithm, "total_dispatched": self.dispatched,
                               **self.balancer.stats(self.backends)},
         }
@@ -8473,6 +8491,8 @@ class _Handle:
 
     def __init__(self, pool):
         self.__dict__["_pool"] = pool
+        if not pool.options.blocking:
+            self.__dict__["_call"] = pool.submit
         # No `atexit`: at exit everything is finished by _finish_all, in the right order.
         weakref.finalize(self, pool.finish).atexit = False
 
@@ -8677,7 +8697,7 @@ class _Map:
     def __init__(self, pool, fn, items, timeout, chunksize, buffersize):
         self.pool, self.fn, self.items = pool, fn, items
         self.timeout, self.deadline = timeout, _deadline(timeout)
-        self.chunksize = 1 if pool.kind.runs_inline else chunksize
+        self.chunksize = 1 if pool.runs_inline else chunksize
         self.flying = collections.deque()       # futures; at the end what reading the input raised
         most = sys.maxsize if buffersize is None else max(1, buffersize // self.chunksize)
         try:
