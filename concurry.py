@@ -3259,7 +3259,13 @@ class _Runner:
         if self.retries:
             once = functools.partial(self._once_async, method, args, kwargs)
             return await self.again_async(method, args, kwargs, once)
-        return await self._once_async(method, args, kwargs)
+        kind, value = self.attempt(method, args, kwargs)
+        if not isinstance(value, types.CoroutineType):
+            return kind, value
+        try:
+            return _RESULT, await value
+        except BaseException as error:
+            return _ERROR, _without_our_frame(error)
 
     async def _once_async(self, method, args, kwargs):
         outcome = self.attempt(method, args, kwargs)
@@ -3747,6 +3753,7 @@ class _AsyncioBackend(_Backend):
 
     def _begin_calls(self):
         self.is_woken = False           # first: who comes now wakes us again
+        begun = []
         while self.inbox:
             call = self.inbox.popleft()
             if call is None:
@@ -3755,15 +3762,26 @@ class _AsyncioBackend(_Backend):
             else:
                 context = call.context
                 if context is not None and call.future._begin():
-                    self._start(call, context, self.runner.outcome_async, call.method, call.args, call.kwargs)
+                    # In the context of the submitter; the task copies it.
+                    call.task = context.run(self.loop.create_task, self._drive(
+                        call, self.runner.outcome_async, call.method, call.args, call.kwargs))
+                    begun.append((call, call.task))
+        self.loop.call_soon(self._look_after, begun)
 
     def _start(self, call, context, run, *args):
-        # In the context of the submitter; the task copies it.
-        call.task = task = context.run(self.loop.create_task, self._drive(call, run, args))
-        # For one that is cancelled before it has begun: nothing of _drive runs.
-        task.add_done_callback(lambda task: _settle(call.future, _CANCELLED, None))
+        call.task = context.run(self.loop.create_task, self._drive(call, run, *args))
+        self.loop.call_soon(self._look_after, [(call, call.task)])
 
-    async def _drive(self, call, run, args):
+    def _look_after(self, begun):
+        """Settle the calls whose tasks somebody has cancelled before their first step: nothing of `_drive` ran.
+
+        Those steps are over by now. A done-callback of each task would take a fifth of a small call's time.
+        """
+        for call, task in begun:
+            if task.cancelled():
+                _settle(call.future, _CANCELLED, None)
+
+    async def _drive(self, call, run, *args):
         _calling.set(call)
         if call.steps is None:
             _attempt_here.set(None)
@@ -8009,7 +8027,7 @@ def _signal_handlers():
     """Return the code objects of this process's handlers; empty where signals cannot come."""
     if threading.current_thread() is not threading.main_thread():
         return ()
-    import _signal              # `signal` makes an enum of each answer: 80 microseconds instead of 3
+    import _signal  # `signal` makes an enum of each answer: 80 microseconds instead of 3
     handlers = filter(callable, map(_signal.getsignal, range(1, _signal.NSIG)))
     return {_code_of(handler) for handler in handlers} - {None}
 
