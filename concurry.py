@@ -5447,9 +5447,23 @@ def _message(kind, portable, number=0):
     return [head + data, *buffers] if len(data) < _BUFFER_SIZE else [head, data, *buffers]
 
 
-def _receive(connection):
-    """Wait for a message and return (kind, number, pickle, buffers); EOFError at the end."""
-    kind, count, number, size = _HEADER.unpack(_read(connection, _HEADER.size))
+def _receive(connection, ahead):
+    """Wait for a message and return (kind, number, pickle, buffers); EOFError at the end.
+
+    `ahead` is a bytearray for what has been read of the next one: no more than its header, so that it
+    counts as not taken.
+    """
+    head = bytes(ahead)
+    if len(head) < _HEADER.size:
+        head += _read(connection, _HEADER.size - len(head))
+    del ahead[:]
+    kind, count, number, size = _HEADER.unpack(head)
+    if not count and 0 < size < _BUFFER_SIZE:
+        data = connection.recv(size + _HEADER.size)
+        if len(data) >= size:
+            ahead += data[size:]
+            return kind, number, data[:size], []
+        return kind, number, data + _read(connection, size - len(data)), []
     sizes = [_SIZE.unpack(_read(connection, _SIZE.size))[0] for _ in range(count)]
     data = _read(connection, size)
     return kind, number, data, [_read(connection, size >> 1) if size & 1
@@ -5580,6 +5594,7 @@ class _Inbox:
 _QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead, ...
 _SOON = 8_000           # microseconds: ... as many as take so long together, ...
 _MOST_AHEAD = 256       # ... so many at most: they cannot be cancelled any more, but save waiting for each
+_BATCH = 16             # so many go in one message, the first few apart: sending takes as long as all the rest of a small call
 _STARTS = 3             # in a row that failed, and the worker is given up
 
 # The worker's side
@@ -5656,9 +5671,10 @@ def _worker_main(connection):
         os.set_inheritable(lane, False)
         _worker_index, = _INDEX.unpack(index)
         _upstream = _Upstream(connection, _own(socket.socket(fileno=lane)))
-        *_, data, buffers = _receive(connection)
+        ahead = bytearray()
+        *_, data, buffers = _receive(connection, ahead)
         _settle_in(*_loads(data, buffers))
-        kind, _, data, buffers = _receive(connection)
+        kind, _, data, buffers = _receive(connection, ahead)
         try:
             if recipe is None:
                 recipe = _load(_loads, data, buffers)
@@ -5673,7 +5689,7 @@ def _worker_main(connection):
         _upstream.send(_message(_BUILT, (b"", [])))
         try:
             while True:
-                _serve(connection, runner)
+                _serve(connection, ahead, runner)
         finally:
             runner.close()
             _finish_all()               # the pools of its own
@@ -5703,13 +5719,13 @@ def _load(loads, *args):
         _here.is_loading = False
 
 
-def _serve(connection, runner):
+def _serve(connection, ahead, runner):
     """Take one message from the parent; carry it out, and answer, if it is a call."""
-    kind, shared, data, buffers = _receive(connection)
+    kind, shared, data, buffers = _receive(connection, ahead)
     if kind == _CALL:
         began = time.perf_counter()
         answer = _answer(runner, shared, data, buffers)
-        _upstream.send(_message(*answer, int((time.perf_counter() - began) * 1e6)))
+        _upstream.send(_message(*answer, 1 + int((time.perf_counter() - began) * 1e6)))
     elif kind == _VALUES:
         _Place.values = data, buffers       # loaded with the call, which has begun then
     elif kind == _SHARED:
@@ -5723,16 +5739,21 @@ def _serve(connection, runner):
 def _answer(runner, shared, data, buffers):
     """Carry out a call; return the kind and the content of the answer."""
     try:
-        if _Place.values:
-            _Place.values = _load(_loads, *_Place.values)
-        method, args, kwargs = _load(_loads, data, buffers)
-        if shared:
-            args = _load(_shared_function, shared), *args
+        method, args, kwargs = _load(_load_call, shared, data, buffers)
     except BaseException as error:
         return _not_loaded(error)
-    finally:
-        _Place.values = ()
     return _answer_of(method, *contextvars.Context().run(runner.outcome, runner, method, args, kwargs))
+
+
+def _load_call(shared, data, buffers):
+    try:
+        if _Place.values:
+            _Place.values = _loads(*_Place.values)
+        method, args, kwargs = _loads(data, buffers)
+    finally:
+        if _Place.values:
+            _Place.values = ()
+    return method, (_shared_function(shared), *args) if shared else args, kwargs
 
 
 def _not_loaded(error):
@@ -5952,10 +5973,11 @@ class _Link:
 
     def send(self, parts, call=None):
         """Queue the parts of messages, of a call or about the worker."""
-        self.end += sum(map(len, parts))
+        for part in parts:
+            self.end += len(part)
+            self.outbox.append(part)
         if call is not None:
             self.sent.append((call, self.end))
-        self.outbox.extend(parts)
 
     def flush(self):
         """Send what the socket takes; tell whether that was all."""
@@ -5971,10 +5993,13 @@ class _Link:
                 self.is_blocked = True
                 return True
             self.taken = taken + latest[0], []
-            self._drop(latest[0])
+            self._drop(parts, latest[0])
         return True
 
-    def _drop(self, count):
+    def _drop(self, parts, count):
+        if len(parts) == len(self.outbox) and sum(map(len, parts)) == count:
+            self.outbox.clear()
+            return
         while count:
             part = self.outbox.popleft()
             if count < len(part):
@@ -6085,6 +6110,8 @@ class _ProcessBackend(_Backend):
         self.dead = None                        # a link that is to be buried
         self.failures = 0                       # starts in a row that came to nothing
         self.pace = 1e6                         # microseconds a call takes, about
+        self.slowest = 0                        # of those whose answers have come together
+        self.window = 1                         # so many calls may be sent and not answered
         self.is_finishing = False
         self.killed = None                      # why, in words
         self.reader = _reader_for(self)
@@ -6117,22 +6144,23 @@ class _ProcessBackend(_Backend):
 
     def _is_hungry(self):
         link = self.link
-        return (link is not None and link.is_built and not link.is_blocked and self.dead is None
-                and (link.outbox or self.queue and len(link.sent) < self._window()))
-
-    def _window(self):
-        return 1 if self.pace >= _QUICK else min(_MOST_AHEAD, int(_SOON / max(self.pace, 1)))
+        if link is None or not link.is_built or link.is_blocked or self.dead is not None:
+            return False
+        ahead = len(link.sent)
+        return link.outbox or ahead < self.window and (
+            ahead < 4 and self.queue or len(self.queue) >= min(_BATCH, self.window - ahead))
 
     def _feed(self, link):
-        window = self._window()
-        while self.queue and len(link.sent) < window:
+        while self.queue and len(link.sent) < self.window:
             call = self.queue[0]
             message = call.message
             # None: settled meanwhile. On this link already: it is in the queue twice, for a signal handler has
             # raised while it was placed.
             if message is not None and call.link is not link and call.future._begin(_SENT):
                 call.link = link
-                link.send(self._news(link, call.shared) + message, call)
+                if link.forgotten or call.shared is not None and call.shared.number not in link.known:
+                    link.send(self._news(link, call.shared))
+                link.send(message, call)
             self.queue.popleft()
         if not link.flush():
             link.is_blocked = True
@@ -6178,7 +6206,14 @@ class _ProcessBackend(_Backend):
             # Without a death: the task has closed its descriptors. It cannot answer any more.
             self.reader.forget(link.connection)
             link.process.kill()
+        self._set_window()
         self.feed()
+
+    def _set_window(self):
+        took, self.slowest = self.slowest, 0
+        if took:                # at least a microsecond: an answer has come
+            self.pace = took if took > self.pace or self.pace == 1e6 else 0.5 * (self.pace + took)
+            self.window = 1 if self.pace >= _QUICK else min(_MOST_AHEAD, int(_SOON / self.pace))
 
     def _take(self, link, kind, took, data, buffers):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
@@ -6190,7 +6225,8 @@ class _ProcessBackend(_Backend):
             call, _ = link.sent.popleft()
             link.has_begun = True
             self.failures = 0
-            self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
+            if took > self.slowest:
+                self.slowest = took
             if self.killed:
                 link.process.kill()         # nothing else shall begin in the time that it had to clean up
             if self.killed and kind != _RETURNED:       # a handler of TERM has raised SystemExit, say
