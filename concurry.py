@@ -953,9 +953,11 @@ class _Bell:
 
     def wake(self):
         """Ring; return False if it had been rung already."""
+        if not self.lock.locked():          # it is awake
+            return False
         try:
             self.lock.release()
-        except RuntimeError:                # it is awake
+        except RuntimeError:                # since just now
             return False
         wake_loop = self.wake_loop
         if wake_loop is not None:
@@ -1118,27 +1120,27 @@ def _as_they_finish(futures):
         watch.leave()
 
 
-def _in_time(steps, timeout, deadline):
-    """Yield each step, a future or a _Watch to sleep on, with the seconds that are left; TimeoutError at the end."""
+def _left_of(timeout, deadline):
+    """Return the seconds that are left to sleep; TimeoutError if there are none."""
+    left = _left(deadline)
+    if left == 0:
+        raise _timeout(f"not everything has ended within {timeout} seconds")
+    return left
+
+
+def _finished(steps, timeout, deadline):
+    """Yield the steps that are no _Watch, and sleep on those that are one."""
     for step in steps:
-        left = _left(deadline)
-        if left == 0 and isinstance(step, _Watch):
-            raise _timeout(f"not everything has ended within {timeout} seconds")
-        yield step, left
-
-
-def _finished(steps):
-    for step, left in steps:
         if isinstance(step, _Watch):
-            step.sleep(left)
+            step.sleep(_left_of(timeout, deadline))
         else:
             yield step
 
 
-async def _finished_async(steps):
-    for step, left in steps:
+async def _finished_async(steps, timeout, deadline):
+    for step in steps:
         if isinstance(step, _Watch):
-            await step.sleep_async(left)
+            await step.sleep_async(_left_of(timeout, deadline))
         else:
             yield step
 
@@ -1151,7 +1153,7 @@ def as_completed(fs, timeout=None):
     fs = dict.fromkeys(_wrap_refs(_several(fs)))
     for future in fs:
         _check_waitable(future)
-    return _finished(_in_time(_as_they_finish(fs), timeout, _deadline(timeout)))
+    return _finished(_as_they_finish(fs), timeout, _deadline(timeout))
 
 
 class _Gathering:
@@ -1239,7 +1241,8 @@ class _Gathering:
                 yield step
             else:
                 value = self.value_of(step)
-                yield from ((key, value) for key in places.pop(step))
+                for key in places.pop(step):
+                    yield key, value
 
 
 def _is_collection(x):
@@ -1264,7 +1267,7 @@ def gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False
     for future in gathering.find().futures:
         _check_waitable(future)
     if iter:
-        return _finished(_in_time(gathering.pairs(), timeout, _deadline(timeout)))
+        return _finished(gathering.pairs(), timeout, _deadline(timeout))
     return _run(gathering.collect(timeout), timeout)
 
 
@@ -1277,7 +1280,7 @@ def async_gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse
     gathering.values = list(map(_as_future, gathering.values))
     gathering.find()
     if iter:
-        return _finished_async(_in_time(gathering.pairs(), timeout, _deadline(timeout)))
+        return _finished_async(gathering.pairs(), timeout, _deadline(timeout))
     return _run_async(gathering.collect(timeout), timeout)
 
 
@@ -3173,6 +3176,7 @@ class _Recipe:
         self.limits = _limits_for_worker(options.limits)
         self.retries = {name: getattr(options, name) for name in _RETRY_OPTIONS}
         self.config = copy.copy(global_config)      # as it is here and now
+        self.async_names = {name for name, value in _definitions(cls) if _is_async(getattr(value, "__func__", value))}
 
     def build(self):
         around = _here.made
@@ -3197,8 +3201,7 @@ class _Runner:
 
     def __init__(self, recipe, halt, loop=None):
         self._loop, self._owns_loop = loop, loop is None
-        self._async_names = {name for name, value in _definitions(recipe.cls)
-                             if _is_async(getattr(value, "__func__", value))}
+        self._async_names = recipe.async_names
         if self._owns_loop and self._async_names:
             self._own_loop()
         self.halt = halt
@@ -3343,6 +3346,8 @@ class _Runner:
 def _retries_by_method(recipe):
     """Return a _Retries for each method whose calls are ever made again, or validated."""
     cls, made = recipe.cls, {}
+    if not (recipe.retries["num_retries"] or recipe.retries["retry_until"]):
+        return made
     if issubclass(cls, TaskWorker):
         names = {"submit", "__call__", *(name for name, _ in _definitions(cls))}
     else:
@@ -3664,8 +3669,8 @@ class _OnDemandThreadBackend(_ThreadBackend):
     def _main(self):
         _here.is_ours = True
         _settle(self.started, _RESULT, None)
-        keeps = self.pool.recipe.cls is TaskWorker
-        linger = self.pool.options.on_demand_linger if keeps else 0
+        keeps = self._keeps()
+        linger = self.pool.options.on_demand_linger if keeps else None
         runner = None
         while True:
             try:
@@ -3680,6 +3685,13 @@ class _OnDemandThreadBackend(_ThreadBackend):
         if runner is not None:
             runner.close()
         _settle(self.ended, _RESULT, None)
+
+    def _keeps(self):
+        return self.pool.recipe.cls is TaskWorker
+
+    def rest(self):
+        if not self._keeps():
+            self.pool.dismiss(self)
 
     def _serve(self, call, runner, keeps):
         """Carry out a call, with the object made for it; return the runner if it may serve the next."""
@@ -5594,7 +5606,7 @@ class _Inbox:
 _QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead, ...
 _SOON = 8_000           # microseconds: ... as many as take so long together, ...
 _MOST_AHEAD = 256       # ... so many at most: they cannot be cancelled any more, but save waiting for each
-_BATCH = 16             # so many go in one message, the first few apart: sending takes as long as all the rest of a small call
+_BATCH = 16             # so many go in one send, the first few apart: it takes as long as all else in a small call
 _STARTS = 3             # in a row that failed, and the worker is given up
 
 # The worker's side
@@ -5789,7 +5801,7 @@ class _RingingLock:
     def __init__(self, reader):
         self._lock = threading.Lock()
         self._reader = reader
-        self.acquire = self._lock.acquire
+        self.acquire, self.locked = self._lock.acquire, self._lock.locked
 
     def release(self):
         self._lock.release()
