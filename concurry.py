@@ -2239,20 +2239,20 @@ class ResourceLimit(Limit):
 class _Ticket:
     """What somebody wants of a set's limits. Its home makes it so, whenever it is told to look at it."""
 
-    bell = None                 # rung when it is granted or refused, or `due` has changed
     may_wait = True
-    is_granted = is_refused = False
-    is_over = False             # to be given back, or not wanted any more
-    grants = None               # what it holds: [key, state, grant, amount], ...; None: nothing
+    is_refused = False
     loop = None                 # the event loop that it waits on
     due = math.inf              # when the first in line may be granted, if this one has to look to it
-    usage = None                # amounts really used, by key, as far as they have been told
-    counted = None              # the `usage` that has been taken into account
     home = number = None        # where it is away, and what it is known by on its way there
     answer = None               # what came back beside the verdict: a reason, or statistics
 
     def __init__(self, wants):
         self.wants = wants      # amounts, by key
+        self.is_granted = self.is_over = False      # over: to be given back, or not wanted any more
+        self.grants = None      # what it holds: [key, state, grant, amount], ...; None: nothing
+        self.usage = None       # amounts really used, by key, as far as they have been told
+        self.counted = None     # the `usage` that has been taken into account
+        self.bell = None        # rung when it is granted or refused, or `due` has changed
 
     def withdraw(self):
         """Say that it is not wanted; what has been granted was not used."""
@@ -3040,13 +3040,47 @@ class _RoundRobin:
 
 
 class _LeastActive:
-    """The one with the fewest calls in flight."""
+    """The one with the fewest calls in flight; of several the one that has had so few for longest.
+
+    The workers stand on levels, by their number of calls when it was last looked at; only those whose number
+    may be another now are looked at again, so that a choice costs the same among two and two hundred.
+    """
 
     algorithm = "LeastActiveLoad"
 
+    def __init__(self):
+        self.changed = collections.deque()      # workers that have given back; from any thread
+        self._made_from = None, 0               # the list of workers, and its length
+        self._levels, self._level_of, self._lowest = {}, {}, 0
+
     def choose(self, backends, room):
-        backend = min(backends, key=lambda backend: len(backend.calls), default=None)
-        return backend if backend and len(backend.calls) < room else None
+        made_from, length = self._made_from
+        if made_from is not backends or length != len(backends):
+            self._made_from = backends, len(backends)
+            self._levels, self._level_of = {}, {}
+            self.changed.clear()
+            self.changed.extend(backends)
+        while self.changed:
+            self._look_at(self.changed.popleft())
+        if not self._levels:
+            return None
+        while self._lowest not in self._levels:
+            self._lowest += 1
+        backend = next(iter(self._levels[self._lowest].values()))
+        if len(backend.calls) >= room:
+            return None
+        self.changed.append(backend)            # it is about to get one more
+        return backend
+
+    def _look_at(self, backend):
+        before, now = self._level_of.get(backend.index), len(backend.calls)
+        if before is not None:
+            del self._levels[before][backend.index]
+            if not self._levels[before]:
+                del self._levels[before]
+        self._level_of[backend.index] = now
+        self._levels.setdefault(now, {})[backend.index] = backend
+        self._lowest = min(self._lowest, now)
 
     def stats(self, backends):
         active = {backend.index: len(backend.calls) for backend in backends}
@@ -8105,6 +8139,7 @@ class _Pool:
         self.bound = recipe.bound
         self.room = options.room
         self.balancer = _BALANCERS[options.load_balancing]()
+        self.changed = getattr(self.balancer, "changed", None)
         self.choose = self._choose_or_grow if options.on_demand else self.balancer.choose
         self.kind = kind = _BACKENDS[options.mode, options.on_demand]
         self.runs_inline, self.prepares, self.make_future = kind.runs_inline, kind.prepares, kind.future
@@ -8332,6 +8367,8 @@ class _Pool:
         backend = call.backend
         if backend is not None:
             backend.calls.pop(call, None)
+            if self.changed is not None:
+                self.changed.append(backend)
             if self.on_demand and not backend.calls:
                 backend.rest()
         if call.gate is not None:

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import logging
 import logging.handlers
+import math
 import multiprocessing
 import os
 import pickle
@@ -2533,6 +2534,22 @@ class BalancerTests(CleanTestCase):
         self.assertEqual(self.choices("total", [0, 0, 0], [5, 3, 3]), [1])
         self.assertEqual(self.choices("total", [9, 0, 0], [1, 3, 2], room=9), [2])
 
+    def test_the_fewest_in_flight_as_calls_come_and_go(self):
+        chance, balancer = random.Random(5), concurry._BALANCERS[LoadBalancingAlgorithm.LeastActiveLoad]()
+        backends = [types.SimpleNamespace(index=n, calls=[]) for n in range(7)]
+        for step in range(3000):
+            if step % 500 == 499:           # a worker is given up, and another one comes: the pool makes a new list
+                backends = [*backends[1:], types.SimpleNamespace(index=100 + step, calls=[])]
+            some = chance.choice(backends)
+            if chance.random() < 0.45 and some.calls:
+                del some.calls[:chance.choice([1, 1, 1, 5])]
+                balancer.changed.append(some)
+            else:
+                chosen, fewest = balancer.choose(backends, 4), min(len(backend.calls) for backend in backends)
+                self.assertEqual(chosen and len(chosen.calls), fewest if fewest < 4 else None)
+                if chosen and chance.random() < 0.9:        # else the call was settled just now
+                    chosen.calls.append(None)
+
     def test_random(self):
         self.assertEqual(set(self.choices("random", [9, 0, 0], room=9, n=200)), {1, 2})
 
@@ -2964,6 +2981,23 @@ class AsyncioTests(CleanTestCase):
         self.assertTrue(future.cancel() and future.cancelled())
         go.set()
         held.result(SAFETY)
+
+    def test_tasks_that_another_one_cancels_before_they_begin(self):
+        async def cancel_all_others():
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        pool, started, go = self.start(TaskWorker, mode="asyncio", max_queued_tasks=None), self.flag(), self.flag()
+
+        async def hold():
+            started.set()
+            go.wait()
+        held = pool.submit(hold)
+        started.wait()
+        cancelling, after = pool.submit(cancel_all_others), pool.submit(square_async, 3)
+        go.set()                            # the two become tasks together
+        held.result(SAFETY)
+        cancelling.result(SAFETY)
+        self.assertRaises(concurrent.futures.CancelledError, after.result, SAFETY)
 
     def test_a_constructor_that_fails_before_the_second_thread_starts(self):
         start = threading.Thread.start
@@ -9452,6 +9486,85 @@ class DecoderTests(CleanTestCase):
             self.assertEqual(list(inbox.receive()), [])
             there.send(b"y")
             self.assertEqual((list(inbox.receive()), len(inbox._bytes)), ([], concurry._TRUSTED))
+
+
+class FastWayTests(CleanTestCase):
+    """What is quick for the most comes to the same as what it is a short cut of."""
+
+    VALUES = (0, -1, 10 ** 40, True, None, 0.5, math.nan, -0.0, math.inf, "", "a" * 100_000, "\ud800", "\0")
+
+    def test_plain_arguments_and_results(self):
+        pool = self.start(TaskWorker, mode="process")
+        for value in self.VALUES:
+            self.assertIn(type(value), concurry._PLAINEST)
+            plainly, generally = concurry._dumps_plain(value), concurry._dumps(value)
+            self.assertEqual(*(repr(concurry._loads(*each)) for each in (plainly, generally)))
+            there = pool.submit(repr, value), pool.submit(lambda x: repr(*x), [value])
+            self.assertEqual([future.result(SAFETY) for future in there], [repr(value)] * 2)
+            back = pool.submit(returned, value), pool.submit(lambda x: [x], value)
+            self.assertEqual(repr([back[0].result(SAFETY)]), repr(back[1].result(SAFETY)))
+
+    def test_functions_that_are_imported(self):
+        """They go to each worker once; those that change, or are found nowhere, each time."""
+        outcomes = []
+        for most in (concurry._MOST_KNOWN, 0):
+            with unittest.mock.patch.object(concurry, "_MOST_KNOWN", most):
+                pool = self.start(TaskWorker, mode="process", max_workers=2, max_queued_tasks=None)
+                calls = [(abs, -3), (square, 3), (returned, "x"), (os.path.join, "a", "b"), ([5].count, 5), (int, "7"),
+                         (divmod, 1, 0), (lambda x: x + 1, 3), (functools.partial(add, 1), 2), (square, "x"), (square,)] * 4
+                futures = [pool.submit(*call) for call in calls]
+                errors = [future.exception(SAFETY) for future in futures]
+                outcomes.append([future.result() if error is None else (type(error), str(error))
+                                 for future, error in zip(futures, errors)])
+                self.assertEqual(len(pool._pool.known), 5 if most else 0)
+                links = [backend.link for backend in pool._pool.backends]
+                self.assertEqual([len(link.known) for link in links], [5, 5] if most else [0, 0])
+                self.assertEqual("in square" in "".join(map(str, errors[9].__cause__.args)), True)
+        self.assertEqual(*outcomes)
+
+    def test_a_function_that_cannot_be_imported_there(self):
+        for most in (concurry._MOST_KNOWN, 0):
+            with unittest.mock.patch.object(concurry, "_MOST_KNOWN", most), \
+                    unittest.mock.patch.dict(sys.modules, {"only_here": types.ModuleType("only_here")}):
+                only_here = sys.modules["only_here"]
+                only_here.__spec__ = importlib.util.spec_from_loader("only_here", None)
+                exec("def f(x): return x", vars(only_here))
+                pool = self.start(TaskWorker, mode="process")
+                for _ in range(2):
+                    error = pool.submit(only_here.f, 1).exception(SAFETY)
+                    self.assertEqual((type(error), type(error.__cause__)), (pickle.PicklingError, ModuleNotFoundError))
+                self.assertEqual(pool.submit(square, 2).result(SAFETY), 4)
+
+    def test_chunks(self):
+        """With retries each item has a loop of its own."""
+        items, expected = [1, 2, "x", 3, None, 4, 5], [1, 4, TypeError, 9, TypeError, 16, 25]
+        for mode, retries in itertools.product(("thread", "process"), (0, 1)):
+            pool = self.start(TaskWorker, mode=mode, num_retries=retries, retry_wait=0)
+            for chunksize in (2, 3, 7):
+                chunk = [items[n:n + chunksize] for n in range(0, 7, chunksize)]
+                futures = [pool._pool.submit("_chunk", (square, (tuple(part),)), {}) for part in chunk]
+                found = []
+                for future in futures:
+                    outcomes = future.result(SAFETY)
+                    found += [type(outcomes.errors.get(n, value)) if n in outcomes.errors else value
+                              for n, value in enumerate(outcomes.values)]
+                self.assertEqual(found, expected, (mode, retries, chunksize))
+
+    def test_as_many_as_are_soon_done_are_sent_ahead(self):
+        backend = object.__new__(concurry._ProcessBackend)
+        backend.pace, backend.window, backend.slowest = 1e6, 1, 0
+        for slowest, window in ((400, 20), (1, 39), (1, 79), (0, 79), (600, 1), (300, 17), (5_000_000, 1)):
+            backend.slowest = slowest
+            backend._set_window()
+            self.assertEqual((backend.window, backend.slowest), (window, 0))
+        for _ in range(50):
+            backend.slowest = 5
+            backend._set_window()
+        self.assertEqual(backend.window, concurry._MOST_AHEAD)
+
+
+def returned(x):
+    return x
 
 
 class MessageTests(CleanTestCase):

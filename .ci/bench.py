@@ -581,6 +581,51 @@ def most_in_a_second(stamps):
                for begins, _ in stamps for begin in begins)
 
 
+def pending(make, most=1_000_000):
+    """Seconds a call takes, submitted behind a gate with all the others. Without Python's garbage collector: its
+    rounds through all that there is double the time of a million.
+    """
+    gc.disable()
+    executor, calls = thread(1), make()
+    rounds = amount(most) // calls
+    seconds = 0
+    for _ in range(rounds):
+        with gate() as opened:
+            executor.submit(opened.wait)
+            began = perf_counter()
+            futures = [executor.submit(abs, i) for i in range(calls)]
+            opened.set()
+            assert sum(future.result() for future in futures) == calls * (calls - 1) // 2
+            seconds += perf_counter() - began
+            del futures
+    return seconds / (rounds * calls)
+
+
+def spread(make, calls=20_000):
+    """Seconds a call takes in a pool of so many workers, all of them at work before."""
+    workers, balancing = make()
+    executor = thread(workers, load_balancing=balancing)
+    meet_threads(executor, workers)
+    return bulk(lambda _: executor, calls=calls)
+
+
+def gathered(make, most=100_000):
+    """Seconds a future takes to be gathered, which is not done when that begins."""
+    import concurry
+    executor, calls = thread(1), make()
+    rounds = amount(most) // calls
+    seconds = 0
+    for _ in range(rounds):
+        with gate() as opened:
+            executor.submit(opened.wait)
+            futures = [executor.submit(abs, i) for i in range(calls)]
+            began = perf_counter()
+            opened.set()
+            assert concurry.gather(futures) == list(range(calls))
+            seconds += perf_counter() - began
+    return seconds / (rounds * calls)
+
+
 def along_a_line(make, turns=10_000):
     """Pass a slot along a line of coroutines. Who has had it goes to the end: it stays as long."""
     waiters, limits, turns = make(), slots(), amount(turns)
@@ -843,6 +888,15 @@ ROWS = [
         partial(rate_shortfall, workers=2), partial(hurrying, "process")),
     Row("a limit with 10,000 waiters: wake-up", "with 10 waiters", 1.5,
         along_a_line, lambda: 10_000, lambda: 10),
+    Row("a million calls pending: per call", "a thousand", 1.5,
+        pending, lambda: amount(1_000_000), lambda: 1000),
+    # Each of them is woken for its call, while one goes on with the next.
+    Row("200 threads: per call", "one", 2.0,
+        spread, lambda: (200, "round_robin"), lambda: (1, "round_robin")),
+    Row("200 threads, least active: per call", "one", 2.0,
+        spread, lambda: (200, "least_active"), lambda: (1, "least_active")),
+    Row("gather of 100,000: per future", "of ten", 1.5,
+        gathered, lambda: amount(100_000), lambda: 10),
     Row("retries, none needed", "without", 1.2,
         partial(one_cpu, round_trip), partial(thread, num_retries=3), thread),
     Row("gather of 10k finished futures", "wait", 0.3,
