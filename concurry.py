@@ -6969,7 +6969,7 @@ class _Actor:
         else:
             if self.beside is None:
                 self.beside = concurrent.futures.ThreadPoolExecutor(1, f"{runner.class_name}-plain", _be_ours)
-            outcome = await loop.run_in_executor(self.beside, context.run, runner.outcome, *call)
+            outcome = await loop.run_in_executor(self.beside, context.run, runner.outcome, runner, *call)
         (kind, portable), refs = _with_refs(_answer_of, call[0], *outcome)
         if _ways:
             await _run_async(_unheard(), None)
@@ -7179,8 +7179,9 @@ class _RayBackend(_Backend):
 
     def _hand_over(self, call):
         message, dependencies = call.message, call.dependencies
-        # None: settled meanwhile. It has begun already if it is run again.
-        if message is None or not (call.deaths or call.future._begin(call)):
+        # None: settled meanwhile. Handed over: a signal handler has raised while it was placed, and it came twice.
+        # It has begun already if it is run again.
+        if message is None or call in self.handed or not (call.deaths or call.future._begin(call)):
             return
         try:
             _ray()                          # else Ray would start itself
@@ -8292,7 +8293,7 @@ class _Pool:
         except BaseException:           # a signal handler's: the turn must not stay taken
             if turn.get("is") is mine:
                 del turn["is"]
-            if call is not None:
+            if call is not None and call not in self.backlog:
                 self.backlog.appendleft(call)
             self.place()                # also what others have left to this thread while it had its turn
             raise

@@ -8586,6 +8586,10 @@ class Maker(Worker):
         go.wait()
         return os.getpid()
 
+    def note(self, path):
+        with open(path, "a") as file:
+            file.write("x")
+
 
 class Coroutines(Worker):
     """Counts the calls that are inside at once."""
@@ -8853,6 +8857,21 @@ class RayTests(RayTestCase):
             error = worker.exit_until(path, 100).exception(SAFETY)
             until(lambda: worker.get_pool_stats()["restarts"] == 5)
         self.assertEqual((type(error), len(error.deaths), len(open_and_read(path))), (WorkerDiedError, 3, 6))
+
+    def test_a_call_that_is_placed_twice_runs_once(self):
+        """A signal handler that raises while a call is placed has that done again."""
+        worker, started, go = self.make(Maker, max_queued_tasks=None), self.flag(), self.flag()
+        path = os.path.join(self.folder(), "log")
+        worker.hold(started, go)
+        started.wait()
+        future = worker.note(path)
+        call, backend = next(reversed(worker._pool.calls)), worker._pool.backends[0]
+        self.assertIs(call.future, future)
+        backend.submit(call)
+        last = worker.note(path)
+        go.set()
+        gather([future, last], timeout=SAFETY)
+        self.assertEqual(open_and_read(path), "xx")
 
     def test_stop_leaves_no_actor(self):
         before = self.actors()
