@@ -3527,6 +3527,14 @@ class _Backend:
         return fn
 
     @staticmethod
+    def prepare(call, args, kwargs):
+        """Make the message of a call, where `prepares`, in the thread that submits it."""
+
+    @staticmethod
+    def complete(call, values):
+        """Add the results that a prepared call has waited for to its message."""
+
+    @staticmethod
     def value_of(future):
         """Return the result of a dependency, or raise what became of loading it."""
         return _result_of(*_outcome_of(future))
@@ -6119,32 +6127,19 @@ class _ProcessBackend(_Backend):
         return _Shared(fn)
 
     @staticmethod
-    def prepare(call):
-        """Pickle the call, in the caller; settle its future and return False if that fails."""
-        args, kwargs = call.args, call.kwargs
-        if args is None or kwargs is None:      # stop() was quicker: it is settled
-            return False
+    def prepare(call, args, kwargs):
         shared, rest = _shared_by(call.pool, args[0]) if args else None, args
         if shared is not None:
             call.shared, rest = shared, args[1:]
-        try:
-            if not kwargs and _PLAINEST.issuperset(map(type, rest)):
-                portable = _dumps_plain((call.method, rest, kwargs))
-            else:
-                portable = _frozen(_dumps_keeping(call.pool.kept, (call.method, rest, kwargs),
-                                                  lambda: _call_parts(call.method, args, kwargs)))
-        except BaseException as error:
-            _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
-            if not isinstance(error, Exception):
-                raise
-            return False
+        if not kwargs and _PLAINEST.issuperset(map(type, rest)):
+            portable = _dumps_plain((call.method, rest, kwargs))
+        else:
+            portable = _frozen(_dumps_keeping(call.pool.kept, (call.method, rest, kwargs),
+                                              lambda: _call_parts(call.method, args, kwargs)))
         call.message = _message(_CALL, portable, shared.number if shared else 0)
-        call.args = call.kwargs = None
-        return True
 
     @staticmethod
     def complete(call, values):
-        """Add the results that the call has waited for."""
         portable = _dumps_keeping(call.pool.kept, values, lambda: ({f"the result of dependency {n}": value
                                                                    for n, value in enumerate(values)},))
         call.message = _message(_VALUES, _frozen(portable)) + call.message
@@ -7074,26 +7069,15 @@ class _RayBackend(_Backend):
         return _SharedByRay(fn)
 
     @staticmethod
-    def prepare(call):
-        """Pickle the call, in the caller; settle its future and return False if that fails."""
-        args, kwargs = call.args, call.kwargs
-        if args is None or kwargs is None:      # stop() was quicker: it is settled
-            return False
+    def prepare(call, args, kwargs):
         call.dependencies = _here.dependencies = []     # a shared function may lie in the store
         try:
             portable, refs = _with_refs(_dumps_keeping, call.pool.kept, (call.method, args, kwargs),
                                         lambda: _call_parts(call.method, args, kwargs))
-        except BaseException as error:
-            _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
-            if not isinstance(error, Exception):
-                raise
-            return False
         finally:
             _here.dependencies = ()
         # No more arguments than needed: each one costs Ray some microseconds.
         call.message = (_packed(_frozen(portable), refs), *((None,) if call.dependencies else ()))
-        call.args = call.kwargs = None
-        return True
 
     @staticmethod
     def value_of(future):
@@ -7101,7 +7085,7 @@ class _RayBackend(_Backend):
 
     @staticmethod
     def complete(call, values):
-        """Add the results that the call has waited for; what lies in Ray's store stays there."""
+        # What lies in Ray's store stays there.
         _here.dependencies = call.dependencies
         try:
             portable, refs = _with_refs(_dumps_keeping, call.pool.kept, values, lambda: (
@@ -8208,7 +8192,7 @@ class _Pool:
                 if nested.futures:
                     self._await_dependencies(call, nested)
                     return future
-            if self.prepares and not self.kind.prepare(call):
+            if self.prepares and not self._prepare(call):
                 return future
             self.enqueue(call)
             if call.backend is None:
@@ -8218,13 +8202,28 @@ class _Pool:
             raise
         return future
 
+    def _prepare(self, call):
+        """Have the call pickled, in the caller; settle its future and return False if that fails."""
+        args, kwargs = call.args, call.kwargs
+        if args is None or kwargs is None:      # stop() was quicker: it is settled
+            return False
+        try:
+            self.kind.prepare(call, args, kwargs)
+        except BaseException as error:
+            _settle_unbegun(call.future, _ERROR, _without_our_frame(error))
+            if not isinstance(error, Exception):
+                raise
+            return False
+        call.args = call.kwargs = None
+        return True
+
     def _await_dependencies(self, call, nested):
         """Have the call enqueued when the futures among its arguments are done."""
         futures = list(dict.fromkeys(nested.futures))
         if self.prepares:
             places = {id(future): _Place(n) for n, future in enumerate(futures)}
             call.args, call.kwargs = nested.rebuilt(lambda future: places[id(future)])
-            if not self.kind.prepare(call):
+            if not self._prepare(call):
                 return
         pending = [future for future in futures if not future.done()]
         call.is_late = bool(pending)
