@@ -3040,47 +3040,14 @@ class _RoundRobin:
 
 
 class _LeastActive:
-    """The one with the fewest calls in flight; of several the one that has had so few for longest.
-
-    The workers stand on levels, by their number of calls when it was last looked at; only those whose number
-    may be another now are looked at again, so that a choice costs the same among two and two hundred.
-    """
+    """The one with the fewest calls in flight."""
 
     algorithm = "LeastActiveLoad"
 
-    def __init__(self):
-        self.changed = collections.deque()      # workers that have given back; from any thread
-        self._made_from = None, 0               # the list of workers, and its length
-        self._levels, self._level_of, self._lowest = {}, {}, 0
-
     def choose(self, backends, room):
-        made_from, length = self._made_from
-        if made_from is not backends or length != len(backends):
-            self._made_from = backends, len(backends)
-            self._levels, self._level_of = {}, {}
-            self.changed.clear()
-            self.changed.extend(backends)
-        while self.changed:
-            self._look_at(self.changed.popleft())
-        if not self._levels:
-            return None
-        while self._lowest not in self._levels:
-            self._lowest += 1
-        backend = next(iter(self._levels[self._lowest].values()))
-        if len(backend.calls) >= room:
-            return None
-        self.changed.append(backend)            # it is about to get one more
-        return backend
-
-    def _look_at(self, backend):
-        before, now = self._level_of.get(backend.index), len(backend.calls)
-        if before is not None:
-            del self._levels[before][backend.index]
-            if not self._levels[before]:
-                del self._levels[before]
-        self._level_of[backend.index] = now
-        self._levels.setdefault(now, {})[backend.index] = backend
-        self._lowest = min(self._lowest, now)
+        loads = [len(backend.calls) for backend in backends]
+        fewest = min(loads, default=room)
+        return backends[loads.index(fewest)] if fewest < room else None
 
     def stats(self, backends):
         active = {backend.index: len(backend.calls) for backend in backends}
@@ -3139,7 +3106,8 @@ class _Call:
     link = None                 # ... where it was sent, ...
     deaths = ()                 # ... and the processes that died while they ran it
     task = None                 # the asyncio task that carries it out
-    steps = None                # the retry loop of a plain method in asyncio mode
+    steps = None                # the retry loop of a plain method in asyncio mode, ...
+    is_again = False            # ... which has put it in line once more
     is_late = False             # it had to wait for futures among its arguments
 
     def __init__(self, pool, future, method, args, kwargs):
@@ -3662,7 +3630,7 @@ class _SyncBackend(_Backend):
         return bool(self.calls_here())
 
     def calls_here(self):
-        return [call for call, thread in list(self.inside.items()) if thread == threading.get_ident()]
+        return [call for call in list(self.inside) if self.inside.get(call) == threading.get_ident()]
 
 
 class _ThreadBackend(_Backend):
@@ -3839,7 +3807,13 @@ class _AsyncioBackend(_Backend):
         _calling.set(call)
         if call.steps is None:
             _attempt_here.set(None)
-        outcome = await run(*args)
+        import asyncio
+        try:
+            outcome = await run(*args)
+        except asyncio.CancelledError:      # between two attempts: in one of them it is what that came to
+            outcome = _CANCELLED, None
+        except BaseException as error:      # of a retry filter, or of looking for the method
+            outcome = _ERROR, error
         call.task = None
         _settle(call.future, *outcome)
 
@@ -3899,6 +3873,9 @@ class _AsyncioBackend(_Backend):
             if call.steps is not None:
                 context.run(_attempt_here.set, None)
                 context.run(next, call.steps)       # that is: run it
+        elif not call.is_again:         # a signal handler has raised while it was placed, and it came twice
+            return
+        call.is_again = False
         outcome = context.run(self._attempt, call)
         if isinstance(outcome[1], types.CoroutineType):
             once = functools.partial(self.runner._once_async, call.method, call.args, call.kwargs)
@@ -3920,6 +3897,7 @@ class _AsyncioBackend(_Backend):
             _settle(call.future, _ERROR, error)
             return
         if step is _RUN:
+            call.is_again = True
             self.plain.put(call)
             return
         try:
@@ -5561,7 +5539,7 @@ class _Inbox:
         self.connection = connection
         self.kinds = kinds
         self.is_at_end = False
-        self._messages = []                             # the one that has just become complete
+        self._messages = collections.deque()            # those that are complete and have not been taken
         self._bytes, self._filled = bytearray(), 0      # what has come of the bytes needed, and perhaps more
         self._is_between = True                         # it is a header that is needed
         self._parts = self._take_apart()
@@ -5569,6 +5547,8 @@ class _Inbox:
 
     def receive(self):
         """Take what is there; yield the complete messages. What is none raises, after those before it."""
+        while self._messages:               # whoever took the one before them has raised
+            yield self._messages.popleft()
         while not self.is_at_end:
             try:
                 count, wanted = self._receive_some()
@@ -5577,11 +5557,13 @@ class _Inbox:
             except OSError:                 # reset by a dead worker
                 count = wanted = 0
             self.is_at_end = not count
-            yield from self._whole_ones()
-            while self._filled >= self._needed:
+            self._take_whole_ones()
+            while True:
+                while self._messages:
+                    yield self._messages.popleft()
+                if self._filled < self._needed:
+                    break
                 self._needed = self._parts.send(self._cut(self._needed))
-                if self._messages:
-                    yield self._messages.pop()
             if count < wanted:              # the socket is empty
                 break
 
@@ -5600,7 +5582,7 @@ class _Inbox:
         self._filled += count
         return count, wanted
 
-    def _whole_ones(self):
+    def _take_whole_ones(self):
         """Take the messages that are there as a whole and have no buffers, with less ado than `_take_apart`."""
         at = 0
         while self._is_between and at + _HEADER.size <= self._filled:
@@ -5609,7 +5591,7 @@ class _Inbox:
             if count or size > self._filled - begin or kind not in self.kinds:
                 break
             at = begin + size
-            yield kind, number, self._bytes[begin:at], []
+            self._messages.append((kind, number, self._bytes[begin:at], []))
         if at:
             self._cut(at)
 
@@ -5645,10 +5627,8 @@ class _Inbox:
 
 # === Backend: process ===
 
-_QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead, ...
-_SOON = 8_000           # microseconds: ... as many as take so long together, ...
-_MOST_AHEAD = 256       # ... so many at most: they cannot be cancelled any more, but save waiting for each
-_BATCH = 16             # so many go in one send, the first few apart: it takes as long as all else in a small call
+_QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead ...
+_AHEAD = 16             # ... so many: they cannot be cancelled any more, but save waiting for each
 _STARTS = 3             # in a row that failed, and the worker is given up
 
 # The worker's side
@@ -5692,15 +5672,17 @@ _MOST_KNOWN = 100       # functions that a pool shares by itself
 def _shared_by(pool, fn):
     """Return what stands for the first argument of a call if it is a function that is shared, else None.
 
-    One that the workers import is, for there is nothing that could change from call to call: looking for it
-    costs, here and there, more than all else in a small call.
+    One that the workers import by its name is, as long as it is what its module has under that name: to
+    look for it costs, here and there, more than all else in a small call.
     """
     if type(fn) is _Shared:
         return fn
     if type(fn) is not types.FunctionType and type(fn) is not types.BuiltinFunctionType:
         return None
-    shared = pool.known.get(fn)
-    if shared is None and len(pool.known) < _MOST_KNOWN and _is_found(fn, fn.__qualname__):
+    shared, name = pool.known.get(fn), fn.__qualname__
+    if shared is not None:
+        return shared if getattr(sys.modules.get(fn.__module__), name, None) is fn else None
+    if len(pool.known) < _MOST_KNOWN and "." not in name and _is_found(fn, name):
         shared = pool.known[fn] = _Shared(fn)
     return shared
 
@@ -6185,14 +6167,16 @@ class _ProcessBackend(_Backend):
 
     def _is_hungry(self):
         link = self.link
-        if link is None or not link.is_built or link.is_blocked or self.dead is not None:
+        if link is None or link.is_blocked or self.dead is not None:
             return False
-        ahead = len(link.sent)
-        return link.outbox or ahead < self.window and (
-            ahead < 4 and self.queue or len(self.queue) >= min(_BATCH, self.window - ahead))
+        if not link.is_built:
+            return link.outbox              # the recipe, perhaps
+        # The first few apart, the others by the half: to send takes as long as all else in a small call.
+        few, ahead = max(1, self.window // 4), len(link.sent)
+        return link.outbox or self.queue and (ahead < few or ahead <= self.window // 2 <= len(self.queue))
 
     def _feed(self, link):
-        while self.queue and len(link.sent) < self.window:
+        while self.queue and link.is_built and len(link.sent) < self.window:
             call = self.queue[0]
             message = call.message
             # None: settled meanwhile. On this link already: it is in the queue twice, for a signal handler has
@@ -6254,7 +6238,7 @@ class _ProcessBackend(_Backend):
         took, self.slowest = self.slowest, 0
         if took:                # at least a microsecond: an answer has come
             self.pace = took if took > self.pace or self.pace == 1e6 else 0.5 * (self.pace + took)
-            self.window = 1 if self.pace >= _QUICK else min(_MOST_AHEAD, int(_SOON / self.pace))
+            self.window = _AHEAD if self.pace < _QUICK else 1
 
     def _take(self, link, kind, took, data, buffers):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
@@ -6316,9 +6300,7 @@ class _ProcessBackend(_Backend):
         self.reader.watch(connection, selectors.EVENT_READ, functools.partial(self._hear, link))
         self.reader.watch(process.sentinel, selectors.EVENT_READ, functools.partial(self._died, link))
         self.link = link
-        if not link.flush():
-            link.is_blocked = True
-            self._watch_for_room(link)
+        self.feed()
         if self.is_finishing:
             self._hang_up()
 
@@ -6641,7 +6623,8 @@ class _PoolWhileImporting(RuntimeError):
 # A result stays in Ray's store until it is asked for: a call returns a small status and, apart from it, what
 # is large. The status tells that the call has ended, and moves nothing else.
 
-_SOON_BY_RAY = 20_000   # microseconds: as many quick calls are handed over as take so long together
+_SOON = 20_000          # microseconds: of quick calls as many are handed over as take so long together, ...
+_MOST_AHEAD = 256       # ... so many at most: they are lost when the actor dies, but save waiting for each
 _STATUS = struct.Struct("<BI")      # kind of answer, microseconds; a small result follows
 
 
@@ -7148,7 +7131,7 @@ class _RayBackend(_Backend):
 
     def _window(self):
         """Return how many plain calls are handed over at once. Beside coroutines Ray does not keep their order."""
-        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON_BY_RAY / max(self.pace, 1))))
+        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON / max(self.pace, 1))))
 
     def _feed(self):
         if not self.is_built:
@@ -8124,7 +8107,6 @@ class _Pool:
         self.bound = recipe.bound
         self.room = options.room
         self.balancer = _BALANCERS[options.load_balancing]()
-        self.changed = getattr(self.balancer, "changed", None)
         self.choose = self._choose_or_grow if options.on_demand else self.balancer.choose
         self.kind = kind = _BACKENDS[options.mode, options.on_demand]
         self.runs_inline, self.prepares, self.make_future = kind.runs_inline, kind.prepares, kind.future
@@ -8284,8 +8266,8 @@ class _Pool:
             while (self.backlog or self.chores) and turn.setdefault("is", mine) is mine:
                 refused = self._place_all()
                 del turn["is"]
-                for call, error in refused:
-                    _settle_unbegun(call.future, _ERROR, call.reason(error))
+                for each, error in refused:
+                    _settle_unbegun(each.future, _ERROR, each.reason(error))
                 # Looked at again after the turn: who gave a place back meanwhile left it to us.
                 if not (self.chores or self.backlog and self._has_room()):
                     return
@@ -8367,8 +8349,6 @@ class _Pool:
         backend = call.backend
         if backend is not None:
             backend.calls.pop(call, None)
-            if self.changed is not None:
-                self.changed.append(backend)
             if self.on_demand and not backend.calls:
                 backend.rest()
         if call.gate is not None:

@@ -2530,25 +2530,10 @@ class BalancerTests(CleanTestCase):
 
     def test_the_fewest_in_flight_and_over_its_life(self):
         self.assertEqual(self.choices("active", [3, 1, 2]), [1])
+        self.assertEqual(self.choices("active", [1, 0, 0], n=3), [1, 1, 1])         # ties: the lowest index
         self.assertEqual(self.choices("active", [1, 0, 0]), [1])
         self.assertEqual(self.choices("total", [0, 0, 0], [5, 3, 3]), [1])
         self.assertEqual(self.choices("total", [9, 0, 0], [1, 3, 2], room=9), [2])
-
-    def test_the_fewest_in_flight_as_calls_come_and_go(self):
-        chance, balancer = random.Random(5), concurry._BALANCERS[LoadBalancingAlgorithm.LeastActiveLoad]()
-        backends = [types.SimpleNamespace(index=n, calls=[]) for n in range(7)]
-        for step in range(3000):
-            if step % 500 == 499:           # a worker is given up, and another one comes: the pool makes a new list
-                backends = [*backends[1:], types.SimpleNamespace(index=100 + step, calls=[])]
-            some = chance.choice(backends)
-            if chance.random() < 0.45 and some.calls:
-                del some.calls[:chance.choice([1, 1, 1, 5])]
-                balancer.changed.append(some)
-            else:
-                chosen, fewest = balancer.choose(backends, 4), min(len(backend.calls) for backend in backends)
-                self.assertEqual(chosen and len(chosen.calls), fewest if fewest < 4 else None)
-                if chosen and chance.random() < 0.9:        # else the call was settled just now
-                    chosen.calls.append(None)
 
     def test_random(self):
         self.assertEqual(set(self.choices("random", [9, 0, 0], room=9, n=200)), {1, 2})
@@ -2945,6 +2930,45 @@ class SyncTests(CleanTestCase):
         self.assertEqual(pool.submit(outer).result(), 9)
 
 
+class Reluctant(Worker):
+    """Fails, and knows how many of its calls wait for another attempt."""
+
+    async def fails(self):
+        raise ValueError("not now")
+
+    interrupted = fails
+
+    def __getattribute__(self, name):
+        if name == "hidden":
+            raise ValueError("no method now")
+        return super().__getattribute__(name)
+
+    async def hidden(self):
+        """Is never found."""
+
+    async def waits(self):
+        return len(asyncio.all_tasks()) > 1
+
+    async def cancel_all_others(self):
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+
+class Plans(Worker):
+    def __init__(self):
+        self.counts = collections.Counter()
+
+    def plain_hold(self, started, go):
+        started.set()
+        go.wait()
+
+    def count_to(self, n):
+        self.counts[n] += 1
+        if self.counts[n] < n:
+            raise ValueError(n)
+        return self.counts[n]
+
+
 class AsyncioTests(CleanTestCase):
     def setUp(self):
         self.worker = self.start(Looped, mode="asyncio")
@@ -2981,6 +3005,32 @@ class AsyncioTests(CleanTestCase):
         self.assertTrue(future.cancel() and future.cancelled())
         go.set()
         held.result(SAFETY)
+
+    def test_whatever_ends_a_retry_loop_ends_the_call(self):
+        def interrupt(exception):
+            raise KeyboardInterrupt("filter")
+        worker = self.start(Reluctant, mode="asyncio", num_retries=5, retry_wait=3600, retry_max_wait=3600, retry_jitter=0,
+                            retry_on={"*": [ValueError], "interrupted": [interrupt]})
+        future = worker.fails()
+        until(lambda: worker.waits().result(SAFETY))
+        worker.cancel_all_others().result(SAFETY)
+        self.assertRaises(concurrent.futures.CancelledError, future.result, SAFETY)
+        self.assertRaisesRegex(KeyboardInterrupt, "filter", worker.interrupted().result, SAFETY)
+        self.assertRaisesRegex(ValueError, "no method now", worker.hidden().result, SAFETY)
+
+    def test_a_call_that_is_placed_twice_runs_once(self):
+        """A signal handler that raises while a call is placed has that done again."""
+        worker, started, go = self.start(Plans, mode="asyncio", num_retries=2, retry_wait=0, max_queued_tasks=None), \
+            self.flag(), self.flag()
+        held = worker.plain_hold(started, go)
+        started.wait()
+        futures = [worker.count_to(2)]
+        call, backend = next(reversed(worker._pool.calls)), worker._pool.backends[0]
+        self.assertIs(call.future, futures[0])
+        backend.submit(call)
+        futures.append(worker.count_to(3))
+        go.set()
+        self.assertEqual(gather([held, *futures], timeout=SAFETY)[1:], [2, 3])
 
     def test_tasks_that_another_one_cancels_before_they_begin(self):
         async def cancel_all_others():
@@ -9495,6 +9545,21 @@ class DecoderTests(CleanTestCase):
                 decoder_round(chance.choice, lambda most, chance=chance: chance.randint(0, most),
                               ["", "cut", "changed", "garbage"][seed % 4])
 
+    def test_each_message_is_taken_once_though_one_raises(self):
+        concurry._load_wire()
+        here, there = socket.socketpair()
+        with here, there:
+            here.setblocking(False)
+            inbox, taken = concurry._Inbox(here, [concurry._RETURNED]), []
+            for n in range(6):
+                there.sendall(b"".join(concurry._message(concurry._RETURNED, (b"%d" % n, []))))
+            for stop in (2, 3, 9):
+                for message in inbox.receive():
+                    taken.append(bytes(message[2]))
+                    if len(taken) == stop:
+                        break
+            self.assertEqual(taken, [b"%d" % n for n in range(6)])
+
     def test_memory_is_not_taken_for_what_is_only_announced(self):
         concurry._load_wire()
         here, there = socket.socketpair()
@@ -9541,6 +9606,38 @@ class FastWayTests(CleanTestCase):
                 self.assertEqual("in square" in "".join(map(str, errors[9].__cause__.args)), True)
         self.assertEqual(*outcomes)
 
+    def test_a_function_that_its_module_no_longer_has(self):
+        for method in START_METHODS:
+            pool = self.start(TaskWorker, mode="process", mp_context=method)
+            fn = returned
+            self.assertEqual(pool.submit(fn, 1).result(SAFETY), 1)
+            with unittest.mock.patch(f"{__name__}.returned", square):
+                with self.log_of():
+                    pool.submit(os._exit, 3).exception(SAFETY)
+                self.assertEqual([pool.submit(each, 3).result(SAFETY) for each in (fn, square)], [3, 9])
+            self.assertEqual(pool.submit(fn, 1).result(SAFETY), 1)
+
+    def test_a_function_that_cannot_be_looked_for(self):
+        class Strange(types.ModuleType):
+            def __getattr__(self, name):
+                raise KeyError(name)
+        with unittest.mock.patch.dict(sys.modules, {"strange": Strange("strange")}):
+            sys.modules["strange"].__spec__ = importlib.util.spec_from_loader("strange", None)
+            fn = types.FunctionType(returned.__code__, {}, "sought")
+            fn.__module__ = "strange"
+            pool = self.start(TaskWorker, mode="process")
+            self.assertIsNotNone(pool.submit(fn, 1).exception(SAFETY))
+            self.assertEqual(pool.submit(returned, 1).result(SAFETY), 1)
+
+    def test_a_recipe_larger_than_the_socket(self):
+        """It goes in pieces, at the start and at a restart."""
+        for method in START_METHODS:
+            worker = self.start(Large, mode="process", mp_context=method, init={"data": bytes(5_000_000), "text": "x" * 5_000_000})
+            self.assertEqual(worker.sizes().result(SAFETY), [5_000_000] * 2)
+            with self.log_of():
+                worker.exit().exception(SAFETY)
+                self.assertEqual(worker.sizes().result(SAFETY), [5_000_000] * 2)
+
     def test_a_function_that_cannot_be_imported_there(self):
         for most in (concurry._MOST_KNOWN, 0):
             with unittest.mock.patch.object(concurry, "_MOST_KNOWN", most), \
@@ -9569,21 +9666,20 @@ class FastWayTests(CleanTestCase):
                               for n, value in enumerate(outcomes.values)]
                 self.assertEqual(found, expected, (mode, retries, chunksize))
 
-    def test_as_many_as_are_soon_done_are_sent_ahead(self):
-        backend = object.__new__(concurry._ProcessBackend)
-        backend.pace, backend.window, backend.slowest = 1e6, 1, 0
-        for slowest, window in ((400, 20), (1, 39), (1, 79), (0, 79), (600, 1), (300, 17), (5_000_000, 1)):
-            backend.slowest = slowest
-            backend._set_window()
-            self.assertEqual((backend.window, backend.slowest), (window, 0))
-        for _ in range(50):
-            backend.slowest = 5
-            backend._set_window()
-        self.assertEqual(backend.window, concurry._MOST_AHEAD)
-
 
 def returned(x):
     return x
+
+
+class Large(Worker):
+    def __init__(self, data, text):
+        self.data, self.text = data, text
+
+    def sizes(self):
+        return [len(self.data), len(self.text)]
+
+    def exit(self):
+        os._exit(1)
 
 
 class MessageTests(CleanTestCase):
