@@ -3788,7 +3788,8 @@ class _AsyncioBackend(_Backend):
                     call.task = context.run(self.loop.create_task, self._drive(
                         call, self.runner.outcome_async, call.method, call.args, call.kwargs))
                     begun.append((call, call.task))
-        self.loop.call_soon(self._look_after, begun)
+        if begun:
+            self.loop.call_soon(self._look_after, begun)
 
     def _start(self, call, context, run, *args):
         call.task = context.run(self.loop.create_task, self._drive(call, run, *args))
@@ -3807,13 +3808,11 @@ class _AsyncioBackend(_Backend):
         _calling.set(call)
         if call.steps is None:
             _attempt_here.set(None)
-        import asyncio
         try:
             outcome = await run(*args)
-        except asyncio.CancelledError:      # between two attempts: in one of them it is what that came to
-            outcome = _CANCELLED, None
-        except BaseException as error:      # of a retry filter, or of looking for the method
-            outcome = _ERROR, error
+        except BaseException as error:      # of a retry filter, of looking for the method; cancelled between attempts
+            import asyncio
+            outcome = (_CANCELLED, None) if isinstance(error, asyncio.CancelledError) else (_ERROR, error)
         call.task = None
         _settle(call.future, *outcome)
 
