@@ -990,7 +990,7 @@ def show(line):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, 100 s in all")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, under 90 s in all")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="a glob within the name")
     parser.add_argument("--runs", type=int, help="how many samples of each side (5; quick: 3)")
     parser.add_argument("--json", metavar="FILE", help="write all samples to this file")
