@@ -529,6 +529,9 @@ _here = _Here()
 _calling = contextvars.ContextVar("concurry_calling", default=None)     # the call this code is part of
 
 
+_Lock = type(threading.Lock())
+
+
 def _held_lock():
     """Return a lock to sleep on, until whoever has what is waited for releases it."""
     lock = threading.Lock() if _here.reader is None else _RingingLock(_here.reader)
@@ -680,7 +683,8 @@ class BaseFuture(concurrent.futures.Future):
 
     def _known(self):
         """Return the outcome that is there."""
-        return self._outcome
+        outcome = self.__dict__.get("_gate")
+        return outcome if type(outcome) is tuple else self._outcome
 
     def _wait(self, timeout):
         """Sleep until the outcome is there, and return it."""
@@ -821,7 +825,7 @@ def _notify(future, where):
             _run_callback(fn, future)
             continue
         try:
-            if hasattr(fn, "release"):
+            if type(fn) is _Lock:
                 fn.release()
             else:
                 fn(future)
@@ -994,8 +998,9 @@ class _Watch(_Bell):
         self.missing = itertools.count(enough - 1, -1)
         self.then = then                    # called once, by the future that is enough
         self.futures = futures
+        tell = self.tell                    # one for all: each that is made anew is kept by its future
         for future in futures:
-            _when_done(future, self.tell)
+            _when_done(future, tell)
 
     def tell(self, future):
         self.finished.append(future)
@@ -1009,9 +1014,10 @@ class _Watch(_Bell):
 
     def leave(self):
         """Be forgotten by the futures that are not done."""
-        for future in self.futures:
-            if not future.done():
-                _forget_when_done(future, self.tell)
+        if len(self.finished) < len(self.futures):
+            for future in self.futures:
+                if not future.done():
+                    _forget_when_done(future, self.tell)
 
 
 # What is to be done while waiting is written once, as generators that yield a _Watch to sleep on;
@@ -5826,9 +5832,11 @@ class _RingingLock:
         self._reader = reader
         self.acquire, self.locked = self._lock.acquire, self._lock.locked
 
-    def release(self):
+    def release(self, future=None):
         self._lock.release()
         self._reader.post(int)
+
+    __call__ = release              # as a waker of a future
 
 
 class _Reader:
