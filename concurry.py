@@ -2245,20 +2245,20 @@ class ResourceLimit(Limit):
 class _Ticket:
     """What somebody wants of a set's limits. Its home makes it so, whenever it is told to look at it."""
 
+    bell = None                 # rung when it is granted or refused, or `due` has changed
     may_wait = True
-    is_refused = False
+    is_granted = is_refused = False
+    is_over = False             # to be given back, or not wanted any more
+    grants = None               # what it holds: [key, state, grant, amount], ...; None: nothing
     loop = None                 # the event loop that it waits on
     due = math.inf              # when the first in line may be granted, if this one has to look to it
+    usage = None                # amounts really used, by key, as far as they have been told
+    counted = None              # the `usage` that has been taken into account
     home = number = None        # where it is away, and what it is known by on its way there
     answer = None               # what came back beside the verdict: a reason, or statistics
 
     def __init__(self, wants):
         self.wants = wants      # amounts, by key
-        self.is_granted = self.is_over = False      # over: to be given back, or not wanted any more
-        self.grants = None      # what it holds: [key, state, grant, amount], ...; None: nothing
-        self.usage = None       # amounts really used, by key, as far as they have been told
-        self.counted = None     # the `usage` that has been taken into account
-        self.bell = None        # rung when it is granted or refused, or `due` has changed
 
     def withdraw(self):
         """Say that it is not wanted; what has been granted was not used."""
@@ -3035,10 +3035,10 @@ class _RoundRobin:
 
     def choose(self, backends, room):
         for _ in backends:
-            turn = self.turn % len(backends)
-            self.turn = turn + 1
-            if len(backends[turn].calls) < room:
-                return backends[turn]
+            backend = backends[self.turn % len(backends)]
+            self.turn = (self.turn + 1) % len(backends)
+            if len(backend.calls) < room:
+                return backend
         return None
 
     def stats(self, backends):
@@ -3229,12 +3229,7 @@ class _Runner:
     def attempt(self, method, args, kwargs):
         """Call the method once; return (kind, value), where the value may be a coroutine still to be run."""
         bound = getattr(self.target, method)
-        if self.retries:
-            bound = _bare(bound)
-        try:
-            return _RESULT, bound(*args, **kwargs)
-        except BaseException as error:
-            return _ERROR, _without_our_frame(error)
+        return _attempt(_bare(bound) if self.retries else bound, args, kwargs)
 
     def attempts(self, method, args, kwargs):
         """Return the retry loop for a call, to be driven; None if it is made once."""
@@ -3256,8 +3251,7 @@ class _Runner:
             if self.retries:
                 _attempt_here.set(None)     # it is part of no attempt of whoever submitted it
                 return self.again(method, args, kwargs, functools.partial(self._once, method, args, kwargs))
-            outcome = self.attempt(method, args, kwargs)
-            return self._complete(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
+            return self._once(method, args, kwargs)
         except BaseException as error:      # of the event loop itself
             return _ERROR, error
 
@@ -3270,13 +3264,7 @@ class _Runner:
         if self.retries:
             once = functools.partial(self._once_async, method, args, kwargs)
             return await self.again_async(method, args, kwargs, once)
-        kind, value = self.attempt(method, args, kwargs)
-        if not isinstance(value, types.CoroutineType):
-            return kind, value
-        try:
-            return _RESULT, await value
-        except BaseException as error:
-            return _ERROR, _without_our_frame(error)
+        return await self._once_async(method, args, kwargs)
 
     async def _once_async(self, method, args, kwargs):
         outcome = self.attempt(method, args, kwargs)
@@ -5484,23 +5472,9 @@ def _message(kind, portable, number=0):
     return [head + data, *buffers] if len(data) < _BUFFER_SIZE else [head, data, *buffers]
 
 
-def _receive(connection, ahead):
-    """Wait for a message and return (kind, number, pickle, buffers); EOFError at the end.
-
-    `ahead` is a bytearray for what has been read of the next one: no more than its header, so that it
-    counts as not taken.
-    """
-    head = bytes(ahead)
-    if len(head) < _HEADER.size:
-        head += _read(connection, _HEADER.size - len(head))
-    del ahead[:]
-    kind, count, number, size = _HEADER.unpack(head)
-    if not count and 0 < size < _BUFFER_SIZE:
-        data = connection.recv(size + _HEADER.size)
-        if len(data) >= size:
-            ahead += data[size:]
-            return kind, number, data[:size], []
-        return kind, number, data + _read(connection, size - len(data)), []
+def _receive(connection):
+    """Wait for a message and return (kind, number, pickle, buffers); EOFError at the end."""
+    kind, count, number, size = _HEADER.unpack(_read(connection, _HEADER.size))
     sizes = [_SIZE.unpack(_read(connection, _SIZE.size))[0] for _ in range(count)]
     data = _read(connection, size)
     return kind, number, data, [_read(connection, size >> 1) if size & 1
@@ -5544,16 +5518,13 @@ class _Inbox:
         self.connection = connection
         self.kinds = kinds
         self.is_at_end = False
-        self._messages = collections.deque()            # those that are complete and have not been taken
+        self._messages = []                             # the one that has just become complete
         self._bytes, self._filled = bytearray(), 0      # what has come of the bytes needed, and perhaps more
-        self._is_between = True                         # it is a header that is needed
         self._parts = self._take_apart()
         self._needed = next(self._parts)
 
     def receive(self):
         """Take what is there; yield the complete messages. What is none raises, after those before it."""
-        while self._messages:               # whoever took the one before them has raised
-            yield self._messages.popleft()
         while not self.is_at_end:
             try:
                 count, wanted = self._receive_some()
@@ -5562,13 +5533,11 @@ class _Inbox:
             except OSError:                 # reset by a dead worker
                 count = wanted = 0
             self.is_at_end = not count
-            self._take_whole_ones()
-            while True:
-                while self._messages:
-                    yield self._messages.popleft()
-                if self._filled < self._needed:
-                    break
+            self._filled += count
+            while self._filled >= self._needed:
                 self._needed = self._parts.send(self._cut(self._needed))
+                if self._messages:
+                    yield self._messages.pop()
             if count < wanted:              # the socket is empty
                 break
 
@@ -5576,29 +5545,13 @@ class _Inbox:
         if self._needed < _BUFFER_SIZE:
             chunk = self.connection.recv(_BUFFER_SIZE)
             self._bytes += chunk
-            self._filled += len(chunk)
             return len(chunk), _BUFFER_SIZE
         if len(self._bytes) == self._filled:        # no room: not at once for all that is announced, wrongly perhaps
             whole = bytearray(min(self._needed, max(2 * self._filled, _TRUSTED)))
             whole[:self._filled] = self._bytes
             self._bytes = whole
         wanted = len(self._bytes) - self._filled
-        count = self.connection.recv_into(memoryview(self._bytes)[self._filled:])
-        self._filled += count
-        return count, wanted
-
-    def _take_whole_ones(self):
-        """Take the messages that are there as a whole and have no buffers, with less ado than `_take_apart`."""
-        at = 0
-        while self._is_between and at + _HEADER.size <= self._filled:
-            kind, count, number, size = _HEADER.unpack_from(self._bytes, at)
-            begin = at + _HEADER.size
-            if count or size > self._filled - begin or kind not in self.kinds:
-                break
-            at = begin + size
-            self._messages.append((kind, number, self._bytes[begin:at], []))
-        if at:
-            self._cut(at)
+        return self.connection.recv_into(memoryview(self._bytes)[self._filled:]), wanted
 
     def _cut(self, size):
         self._filled -= size
@@ -5611,10 +5564,7 @@ class _Inbox:
 
     def _take_apart(self):
         while True:
-            self._is_between = True
-            head = yield _HEADER.size
-            self._is_between = False
-            kind, count, number, size = _HEADER.unpack(head)
+            kind, count, number, size = _HEADER.unpack((yield _HEADER.size))
             if kind not in self.kinds or size > _MOST:
                 raise ValueError(f"a message of kind {kind} and {size} bytes")
             sizes = []
@@ -5712,10 +5662,9 @@ def _worker_main(connection):
         os.set_inheritable(lane, False)
         _worker_index, = _INDEX.unpack(index)
         _upstream = _Upstream(connection, _own(socket.socket(fileno=lane)))
-        ahead = bytearray()
-        *_, data, buffers = _receive(connection, ahead)
+        *_, data, buffers = _receive(connection)
         _settle_in(*_loads(data, buffers))
-        kind, _, data, buffers = _receive(connection, ahead)
+        kind, _, data, buffers = _receive(connection)
         try:
             if recipe is None:
                 recipe = _load(_loads, data, buffers)
@@ -5730,7 +5679,7 @@ def _worker_main(connection):
         _upstream.send(_message(_BUILT, (b"", [])))
         try:
             while True:
-                _serve(connection, ahead, runner)
+                _serve(connection, runner)
         finally:
             runner.close()
             _finish_all()               # the pools of its own
@@ -5760,13 +5709,13 @@ def _load(loads, *args):
         _here.is_loading = False
 
 
-def _serve(connection, ahead, runner):
+def _serve(connection, runner):
     """Take one message from the parent; carry it out, and answer, if it is a call."""
-    kind, shared, data, buffers = _receive(connection, ahead)
+    kind, shared, data, buffers = _receive(connection)
     if kind == _CALL:
         began = time.perf_counter()
         answer = _answer(runner, shared, data, buffers)
-        _upstream.send(_message(*answer, 1 + int((time.perf_counter() - began) * 1e6)))
+        _upstream.send(_message(*answer, int((time.perf_counter() - began) * 1e6)))
     elif kind == _VALUES:
         _Place.values = data, buffers       # loaded with the call, which has begun then
     elif kind == _SHARED:
@@ -6016,16 +5965,15 @@ class _Link:
 
     def send(self, parts, call=None):
         """Queue the parts of messages, of a call or about the worker."""
-        for part in parts:
-            self.end += len(part)
-            self.outbox.append(part)
+        self.end += sum(map(len, parts))
         if call is not None:
             self.sent.append((call, self.end))
+        self.outbox.extend(parts)
 
     def flush(self):
         """Send what the socket takes; tell whether that was all."""
         while self.outbox:
-            parts = list(itertools.islice(self.outbox, 1000))       # the kernel takes 1,024 at once
+            parts = list(itertools.islice(self.outbox, 64))
             taken, latest = self.taken
             try:
                 # In one step that no signal handler can come into: the number would be lost.
@@ -6036,13 +5984,10 @@ class _Link:
                 self.is_blocked = True
                 return True
             self.taken = taken + latest[0], []
-            self._drop(parts, latest[0])
+            self._drop(latest[0])
         return True
 
-    def _drop(self, parts, count):
-        if len(parts) == len(self.outbox) and sum(map(len, parts)) == count:
-            self.outbox.clear()
-            return
+    def _drop(self, count):
         while count:
             part = self.outbox.popleft()
             if count < len(part):
@@ -6140,8 +6085,6 @@ class _ProcessBackend(_Backend):
         self.dead = None                        # a link that is to be buried
         self.failures = 0                       # starts in a row that came to nothing
         self.pace = 1e6                         # microseconds a call takes, about
-        self.slowest = 0                        # of those whose answers have come together
-        self.window = 1                         # so many calls may be sent and not answered
         self.is_finishing = False
         self.killed = None                      # why, in words
         self.reader = _reader_for(self)
@@ -6179,20 +6122,21 @@ class _ProcessBackend(_Backend):
         if not link.is_built:
             return link.outbox              # the recipe, perhaps
         # The first few apart, the others by the half: to send takes as long as all else in a small call.
-        few, ahead = max(1, self.window // 4), len(link.sent)
-        return link.outbox or self.queue and (ahead < few or ahead <= self.window // 2 <= len(self.queue))
+        window, ahead = self._window(), len(link.sent)
+        return link.outbox or self.queue and (ahead < max(1, window // 4) or ahead <= window // 2 <= len(self.queue))
+
+    def _window(self):
+        return _AHEAD if self.pace < _QUICK else 1
 
     def _feed(self, link):
-        while self.queue and link.is_built and len(link.sent) < self.window:
+        while self.queue and link.is_built and len(link.sent) < self._window():
             call = self.queue[0]
             message = call.message
             # None: settled meanwhile. On this link already: it is in the queue twice, for a signal handler has
             # raised while it was placed.
             if message is not None and call.link is not link and call.future._begin(_SENT):
                 call.link = link
-                if link.forgotten or call.shared is not None and call.shared.number not in link.known:
-                    link.send(self._news(link, call.shared))
-                link.send(message, call)
+                link.send(self._news(link, call.shared) + message, call)
             self.queue.popleft()
         if not link.flush():
             link.is_blocked = True
@@ -6238,14 +6182,7 @@ class _ProcessBackend(_Backend):
             # Without a death: the task has closed its descriptors. It cannot answer any more.
             self.reader.forget(link.connection)
             link.process.kill()
-        self._set_window()
         self.feed()
-
-    def _set_window(self):
-        took, self.slowest = self.slowest, 0
-        if took:                # at least a microsecond: an answer has come
-            self.pace = took if took > self.pace or self.pace == 1e6 else 0.5 * (self.pace + took)
-            self.window = _AHEAD if self.pace < _QUICK else 1
 
     def _take(self, link, kind, took, data, buffers):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
@@ -6257,8 +6194,7 @@ class _ProcessBackend(_Backend):
             call, _ = link.sent.popleft()
             link.has_begun = True
             self.failures = 0
-            if took > self.slowest:
-                self.slowest = took
+            self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
             if self.killed:
                 link.process.kill()         # nothing else shall begin in the time that it had to clean up
             if self.killed and kind != _RETURNED:       # a handler of TERM has raised SystemExit, say
@@ -8581,8 +8517,6 @@ class _Handle:
 
     def __init__(self, pool):
         self.__dict__["_pool"] = pool
-        if not pool.options.blocking:
-            self.__dict__["_call"] = pool.submit
         # No `atexit`: at exit everything is finished by _finish_all, in the right order.
         weakref.finalize(self, pool.finish).atexit = False
 
