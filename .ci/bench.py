@@ -586,17 +586,28 @@ def pending(make, most=1_000_000):
     rounds through all that there is double the time of a million.
     """
     gc.disable()
-    executor, calls = thread(1), make()
-    rounds = amount(most) // calls
-    seconds = 0
+    return behind_a_gate(make(), most, gather=None)
+
+
+def gathered(make, most=100_000):
+    """Seconds a future takes to be gathered, which is not done when that begins."""
+    import concurry
+    return behind_a_gate(make(), most, concurry.gather)
+
+
+def behind_a_gate(calls, most, gather):
+    """Seconds a call takes, of so many that are pending at once; with `gather` only from when they may begin."""
+    executor, rounds, seconds = thread(1), amount(most) // calls, 0
     for _ in range(rounds):
         with gate() as opened:
             executor.submit(opened.wait)
-            began = perf_counter()
+            submitted = perf_counter()
             futures = [executor.submit(abs, i) for i in range(calls)]
+            began = perf_counter() if gather else submitted
             opened.set()
-            assert sum(future.result() for future in futures) == calls * (calls - 1) // 2
+            total = sum(gather(futures) if gather else (future.result() for future in futures))
             seconds += perf_counter() - began
+            assert total == calls * (calls - 1) // 2
             del futures
     return seconds / (rounds * calls)
 
@@ -607,23 +618,6 @@ def spread(make, calls=20_000):
     executor = thread(workers, load_balancing=balancing)
     meet_threads(executor, workers)
     return bulk(lambda _: executor, calls=calls)
-
-
-def gathered(make, most=100_000):
-    """Seconds a future takes to be gathered, which is not done when that begins."""
-    import concurry
-    executor, calls = thread(1), make()
-    rounds = amount(most) // calls
-    seconds = 0
-    for _ in range(rounds):
-        with gate() as opened:
-            executor.submit(opened.wait)
-            futures = [executor.submit(abs, i) for i in range(calls)]
-            began = perf_counter()
-            opened.set()
-            assert concurry.gather(futures) == list(range(calls))
-            seconds += perf_counter() - began
-    return seconds / (rounds * calls)
 
 
 def along_a_line(make, turns=10_000):
