@@ -41,7 +41,7 @@ __all__ = [
     "as_completed", "async_gather", "async_wait", "gather", "global_config", "task", "temp_config", "wait",
     "worker", "wrap_future",
 ]
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 import atexit
 import bisect
