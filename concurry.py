@@ -35,7 +35,7 @@ Python (3.9 or newer; and Ray for that mode) and may be copied into a project, u
 
 __all__ = [
     "ALL_COMPLETED", "BaseFuture", "CallLimit", "ExecutionMode", "Executor", "FIRST_COMPLETED",
-    "FIRST_EXCEPTION", "Limit", "LimitPool", "LimitSet", "LoadBalancingAlgorithm", "RateLimit",
+    "FIRST_EXCEPTION", "Limit", "LimitPool", "LimitSet", "LoadBalancingAlgorithm", "ProgressBar", "RateLimit",
     "RateLimitAlgorithm", "RateWindow", "RemoteError", "ResourceLimit", "RetryAlgorithm", "RetryConfig",
     "RetryValidationError", "ReturnWhen", "TaskWorker", "Worker", "WorkerDiedError", "__version__",
     "as_completed", "async_gather", "async_wait", "gather", "global_config", "task", "temp_config", "wait",
@@ -924,6 +924,516 @@ def wrap_future(future):
     return ours
 
 
+# === Progress ===
+#
+#   bar.update()  ->  a screen, ten times a second at most: a terminal, a stream of lines, a notebook, the
+#                     parent of this process, a function of the user's
+#
+# What travels between them is a _State, numbers and words; nothing keeps a bar alive but its owner.
+
+_REDRAW = 0.1           # seconds between two redraws
+_SPARSE = 10            # seconds between two lines where nothing can be redrawn; later a tenth of the time taken
+_COLORS = {"black": 30, "red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "white": 37}
+_COLOR_OF = {"success": "green", "failure": "red", "stopped": "yellow"}
+_BLOCKS = " ▏▎▍▌▋▊▉█"    # a cell of a bar, from empty to full
+
+_State = collections.namedtuple("_State", "n total failed elapsed rate desc unit ncols color leave state text")
+
+
+class _BarStyle(_Choice):
+    Auto = ("auto",)
+    Std = ("std",)
+    Notebook = ("notebook",)
+    Ray = ("ray",)
+
+
+def _color(value):
+    if value is None or value in _COLORS:
+        return value
+    if isinstance(value, str) and len(value) == 7 and value[0] == "#":
+        int(value[1:], 16)
+        return value
+    raise ValueError
+
+
+def _count(value):
+    number = _number(value, "a count")
+    if not -_LARGEST < number < _LARGEST:
+        raise ValueError
+    return number
+
+
+_BAR_OPTIONS = {
+    "total": (lambda value: None if value is None else _positive_or_zero(value), "a number from 0, or None"),
+    "desc": (str, "a text"),
+    "unit": (str, "a text"),
+    "ncols": _whole(1),
+    "color": (_color, f"one of {', '.join(_COLORS)}, or '#rrggbb', or None"),
+    "disable": (_flag, "true or false"),
+    "leave": (_flag, "true or false"),
+    "style": _choice(_BarStyle),
+}
+
+
+def _positive_or_zero(value):
+    number = _count(value)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+def _clock(seconds):
+    """Return a span in digits: 00:09, 12:30, 1:02:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+def _amount_shown(n):
+    return f"{n}" if isinstance(n, int) else f"{n:.1f}"
+
+
+def _rate_shown(rate, unit):
+    if 0 < rate < 1:
+        return f"{1 / rate:.3g} s/{unit}"
+    factor, letter = next(((f, each) for f, each in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if rate >= 10 * f), (1, ""))
+    return f"{rate / factor:.1f}{letter} {unit}/s"
+
+
+def _columns(text):
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(each) else 2 if unicodedata.east_asian_width(each) in "WF" else 1
+               for each in text)
+
+
+def _clipped(text, columns):
+    """Return a text on one line, cut where it is wider."""
+    text = "".join(each if each.isprintable() else " " for each in text)
+    if _columns(text) <= columns:
+        return text
+    while text and _columns(text) >= columns:
+        text = text[:-1]
+    return text + "…" * (columns > 0)
+
+
+def _line_of(shown, columns, blocks=_BLOCKS, paint=str):
+    """Return what is shown as a line, no wider than so many columns: the less there is room for, the less it says.
+
+    blocks: the cells of a bar, from empty to full. paint: a function that colours a part of the line.
+    """
+    columns = min(columns, shown.ncols or columns)
+    desc = _clipped(shown.desc, columns // 2)
+    desc += ": " if desc else ""
+    share, left = "", None
+    if shown.total is not None:
+        share = f"{100 if shown.n >= shown.total else int(100 * max(shown.n, 0) / shown.total):3}%"
+        if shown.state == "running" and shown.rate > 0:
+            left = _clock(min(1e7, max(0, shown.total - shown.n) / shown.rate))
+    count = _amount_shown(shown.n) + (f" {shown.unit}" if shown.total is None else f"/{_amount_shown(shown.total)}")
+    span = _clock(shown.elapsed) + (f"<{left}" if left else "")
+    notes = [f"{shown.failed} failed"] * bool(shown.failed) + [_clipped(shown.text, columns)] * bool(shown.text)
+    ends = [f" {count} [{', '.join([span, _rate_shown(shown.rate, shown.unit), *notes])}]",
+            f" {count} [{', '.join([span, *notes])}]", f" {count} {', '.join(notes) or left or span}", f" {count}", ""]
+    room = -1
+    for end in ends:
+        room = columns - sum(map(_columns, (desc, share, end)))
+        if room >= 0:
+            break
+    if room < 0:                # not even a share
+        return _clipped(desc + share, columns)
+    if not share:
+        return desc + paint(end[1:] or _clipped(count, columns - _columns(desc)))
+    return f"{desc}{paint(share + _bar_of(shown, room, blocks))}{end}"
+
+
+def _bar_of(shown, room, blocks):
+    """Return the bar itself, with its borders; nothing where there is hardly room."""
+    cells = room - 2
+    if cells < 4 or not blocks:
+        return ""
+    parts = len(blocks) - 1
+    filled = int(cells * parts * min(1, max(shown.n, 0) / shown.total if shown.total else 1))
+    full, rest = divmod(filled, parts)
+    return "|" + (blocks[-1] * full + blocks[rest] * (full < cells)).ljust(cells) + "|"
+
+
+class _Screen:
+    """Where bars are shown. `show` is called by one thread at a time, with the latest that is known of a bar."""
+
+    due = 0.0                       # when the next redraw may be
+    is_busy = False
+
+    def __init__(self):
+        self.news = {}              # by the bar's key: what has not been shown yet
+        self.lock = threading.RLock()
+
+    def put(self, key, shown):
+        """Show a bar; what cannot be shown now, for somebody else is at it, he will show; ends are waited for."""
+        self.news[key] = shown
+        if self.lock.acquire(shown.state != "running"):
+            try:
+                if not self.is_busy:            # else a signal handler has come in the middle
+                    self._put_all()
+            finally:
+                self.lock.release()
+
+    def _put_all(self):
+        self.is_busy = True
+        try:
+            while self.news:
+                self.show(*self.news.popitem())
+        except Exception:
+            logger.debug("a progress bar could not be shown", exc_info=True)
+        finally:
+            self.is_busy = False
+
+    def show(self, key, shown):
+        """Show one bar, or its end."""
+
+    def aside(self, print_something):
+        """Have something printed where the bars may be in the way."""
+        print_something()
+
+
+class _Terminal(_Screen):
+    """Lines at the end of a terminal, redrawn together; those that have ended stay above them."""
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream = stream
+        self.bars = {}
+        self.height = 0             # how many lines there are now
+        try:
+            _BLOCKS.encode(stream.encoding or "ascii")
+            self.blocks = _BLOCKS
+        except (UnicodeError, LookupError):
+            self.blocks = " #"
+
+    def show(self, key, shown):
+        if shown.state == "running":
+            self.bars[key] = shown
+            self.draw()
+        elif self.bars.pop(key, None) is not None or shown.leave:
+            self.draw([shown] if shown.leave else [])
+
+    def aside(self, print_something):
+        with self.lock:
+            self.draw(print_between=print_something)
+
+    def draw(self, ended=(), print_between=None):
+        """Draw all anew, below what has just ended, and what somebody else wants to print there."""
+        columns, rows = self.size()
+        up = f"\x1b[{self.height - 1}A" if self.height > 1 else ""
+        if print_between is not None:
+            self.stream.write(f"\r{up}\x1b[J")
+            self.stream.flush()
+            print_between()
+            up = ""
+        running = list(self.bars.values())[:max(1, rows - 1)]
+        lines = [self.line(shown, columns) for shown in (*ended, *running)]
+        self.height = len(running)
+        self.stream.write("\r" + up + "\n".join(line + "\x1b[K" for line in lines)
+                          + "\n" * bool(ended and not running) + "\x1b[J")
+        self.stream.flush()
+
+    def size(self):
+        try:
+            columns, rows = os.get_terminal_size(self.stream.fileno())
+        except (OSError, ValueError, AttributeError):
+            columns, rows = 0, 0
+        return (columns or 80) - 1, rows or 24         # in the last column a terminal may be about to wrap
+
+    def line(self, shown, columns):
+        color = _COLOR_OF.get(shown.state, shown.color)
+        if color is None or os.environ.get("NO_COLOR"):
+            return _line_of(shown, columns, self.blocks)
+        code = _COLORS.get(color) or "38;2;{};{};{}".format(*bytes.fromhex(color[1:]))
+        return _line_of(shown, columns, self.blocks, lambda text: f"\x1b[{code}m{text}\x1b[0m")
+
+
+class _Lines(_Screen):
+    """A line now and then, and one at the end: in files, pipes, the logs of a cluster."""
+
+    def __init__(self, stream):
+        super().__init__()
+        self.stream = stream
+        self.next = {}              # by the bar's key: the seconds after which it is told again
+
+    def show(self, key, shown):
+        if shown.state != "running":
+            self.next.pop(key, None)
+            if not shown.leave:
+                return
+        elif shown.elapsed < self.next.setdefault(key, _SPARSE):
+            return
+        else:
+            self.next[key] = shown.elapsed + max(_SPARSE, shown.elapsed / 10)
+        state = "" if shown.state == "running" else f" {shown.state}"
+        line = _line_of(shown, shown.ncols or 10_000, "") + state
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")     # in one piece
+        self.stream.flush()
+
+
+class _Notebook(_Screen):
+    """HTML in the output of a Jupyter cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.displays = {}          # by the bar's key
+
+    def show(self, key, shown):
+        from IPython.display import HTML, display
+        html = HTML(self.html(shown))
+        if key not in self.displays:
+            self.displays[key] = display(html, display_id=True)
+        else:
+            self.displays[key].update(html if shown.leave or shown.state == "running" else HTML(""))
+        if shown.state != "running":
+            del self.displays[key]
+
+    @staticmethod
+    def html(shown):
+        import html
+        color = _COLOR_OF.get(shown.state, shown.color)
+        style, accent = (f' style="color: {color}"', f"; accent-color: {color}") if color else ("", "")
+        most = shown.total or shown.n or 1
+        extent = "" if shown.total is None and shown.state == "running" else f' value="{shown.n}" max="{most}"'
+        text = _line_of(shown._replace(desc=""), 10_000, "").strip()
+        return (f'<div class="concurry-progress" style="font-family: monospace; white-space: pre">'
+                f'{html.escape(shown.desc)} <progress{extent} style="vertical-align: middle{accent}"></progress> '
+                f'<span{style}>{html.escape(text)}</span></div>')
+
+
+class _Told(_Screen):
+    """A function of the user's: `fn(done, total, elapsed)`."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def show(self, key, shown):
+        _here.callbacks += 1        # it must not wait for a place in a queue
+        try:
+            self.fn(shown.n, shown.total, shown.elapsed)
+        finally:
+            _here.callbacks -= 1
+
+
+class _Above(_Screen):
+    """The parent of this worker process."""
+
+    def show(self, key, shown):
+        _upstream.show(key, shown)
+
+
+_NOWHERE = _Screen()
+_NOWHERE.due = math.inf
+_screens = weakref.WeakValueDictionary()     # by the id of the stream, or the class where there is one in a process
+_screens_lock = threading.RLock()
+
+
+def _is_notebook():
+    """Tell whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+def _screen_for(style):
+    """Return where a bar is shown."""
+    stream = sys.stderr
+    if style is _BarStyle.Notebook or style is _BarStyle.Auto and _is_notebook():
+        key, make = _Notebook, _Notebook
+    elif style is _BarStyle.Auto and _upstream is not None:
+        key, make = _Above, _Above
+    elif stream is None:
+        return _NOWHERE
+    else:
+        is_terminal = _is_terminal(stream) and style is not _BarStyle.Ray and not _lineage
+        key, make = id(stream), functools.partial(_Terminal if is_terminal else _Lines, stream)
+    with _screens_lock:
+        screen = _screens.get(key)
+        if screen is None:
+            screen = _screens[key] = make()
+        return screen
+
+
+def _is_terminal(stream):
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):
+        return False
+
+
+class ProgressBar:
+    """Show how far something is: `for x in ProgressBar(items): ...`, or `bar.update()` for each step.
+
+    >>> with ProgressBar(total=3, desc="steps", disable=True) as bar:
+    ...     bar.update(2)
+    >>> bar.n, bar.total
+    (2, 3)
+
+    Count, share, rate, time taken and left are shown on standard error: on a terminal as a line that is
+    redrawn, several bars below each other; elsewhere as a line now and then; in a notebook as HTML. A bar in a
+    worker process is shown by its parent, one in a Ray worker as lines. It may be moved from any thread; an update
+    costs less than a microsecond. What goes wrong when it is shown is logged at DEBUG and goes no further.
+
+    iterable: what is gone through; its length, where it has one, is the total.
+    total: how many there will be; None: not known.
+    desc, unit: texts: what is done, and what is counted.
+    ncols: the width in columns; None: the terminal's.
+    color: of the running bar: "black", "red", "green", "yellow", "blue", "magenta", "cyan", "white" or "#rrggbb";
+        success is green, failure red, stopped yellow. None: no colour. With NO_COLOR in the environment there is none.
+    disable: count, but show nothing.
+    leave: whether it stays to be seen when it has ended.
+    style: "auto"; "std": standard error, also in a worker process; "notebook"; "ray": whole lines, for workers.
+
+    `n`, `total` and `desc` can be read. Raises TypeError for an unknown option, ValueError for an impossible value.
+    """
+
+    _screen = _NOWHERE
+
+    def __init__(self, iterable=None, *, total=None, desc="", unit="it", ncols=None, color=None, disable=False,
+                 leave=True, style="auto"):
+        given = {name: _parse(name, value, _BAR_OPTIONS) for name, value in locals().items() if name in _BAR_OPTIONS}
+        if iterable is not None and not isinstance(iterable, collections.abc.Iterable):
+            raise TypeError(f"a ProgressBar goes through an iterable, not {iterable!r}; a number is its total=")
+        if total is None and isinstance(iterable, collections.abc.Sized):
+            given["total"] = len(iterable)
+        self.n, self.total, self.desc = 0, given["total"], given["desc"]
+        self._iterable, self._failed, self._state, self._text = iterable, 0, "running", ""
+        self._unit, self._ncols = given["unit"], given["ncols"]
+        self._color, self._leave = given["color"], given["leave"]
+        self._lock = threading.RLock()
+        self._began = time.monotonic()
+        self._marks = collections.deque([(self._began, 0)], 50)         # of the last seconds: for the rate
+        if not given["disable"]:
+            self._screen = _screen_for(given["style"])
+            self._moved()
+
+    def update(self, n=1):
+        """Move by n, a number; less than 0 moves back."""
+        with self._lock:
+            self.n += n
+        self._moved()
+
+    def set_n(self, n):
+        """Move to n."""
+        n = _parse("n", n, {"n": (_count, "a number")})
+        with self._lock:
+            self.n = n
+        self._moved()
+
+    def set_total(self, total):
+        """Change how many there will be; None: not known."""
+        self.total = _parse("total", total, _BAR_OPTIONS)
+        self._moved()
+
+    def set_description(self, desc):
+        """Change the text that tells what is done."""
+        self.desc = str(desc)
+        self._moved()
+
+    def set_unit(self, unit):
+        """Change what is counted."""
+        self._unit = str(unit)
+        self._moved()
+
+    def success(self, text=""):
+        """End it, in green; with a text, perhaps. What comes after the end is counted, and not shown."""
+        self._end("success", text)
+
+    def failure(self, text=""):
+        """End it, in red."""
+        self._end("failure", text)
+
+    def stop(self, text=""):
+        """End it, in yellow: it was not finished."""
+        self._end("stopped", text)
+
+    def close(self):
+        """End it as what it is: a failure if something in it has failed, a success if all is done, else stopped."""
+        is_whole = self.total is None or self.n >= self.total
+        self._end("failure" if self._failed else "success" if is_whole else "stopped", "")
+
+    def __iter__(self):
+        if self._iterable is None:
+            raise TypeError("this ProgressBar has nothing to go through: it was made without an iterable")
+        return self._go_through()
+
+    def _go_through(self):
+        with self:
+            for item in self._iterable:
+                yield item
+                self.update()
+            self.success()
+
+    def __len__(self):
+        if self.total is None:
+            raise TypeError("the total of this ProgressBar is not known")
+        return int(self.total)
+
+    def __bool__(self):
+        return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception):
+            self.failure(kind.__name__)
+        else:                               # Ctrl-C; a loop that was left early
+            self.stop()
+
+    def __del__(self):
+        if self._screen is not _NOWHERE:
+            self.close()
+
+    def __repr__(self):
+        return f"<ProgressBar {self.desc!r}: {self.n} of {self.total}, {self._state}>"
+
+    def __reduce__(self):
+        raise _pickle().PicklingError("a ProgressBar cannot travel to another process: make one there, and it is "
+                                      "shown here")
+
+    def _count(self, done, failed):
+        with self._lock:
+            self._failed += failed
+        self.update(done)
+
+    def _moved(self):
+        if time.monotonic() >= self._screen.due:
+            self._show()
+
+    def _end(self, state, text):
+        if self._state == "running":
+            self._state, self._text = state, str(text)
+            self._show()
+            self._screen = _NOWHERE
+
+    def _show(self):
+        if self._screen is not _NOWHERE:
+            now = time.monotonic()
+            self._screen.due = now + _REDRAW
+            self._screen.put(id(self), _State(
+                self.n, self.total, self._failed, now - self._began, self._rate(now), self.desc, self._unit,
+                self._ncols, self._color, self._leave, self._state, self._text))
+
+    def _rate(self, now):
+        """Return how many come in a second: of late while it runs, in all when it has ended."""
+        then, n = self._marks[0]
+        self._marks.append((now, self.n))
+        if self._state != "running":
+            then, n = self._began, 0
+        return (self.n - n) / (now - then) if now > then else 0.0
+
+
 # === Waiting ===
 
 def _deadline(timeout):
@@ -1020,6 +1530,78 @@ class _Watch(_Bell):
                     _forget_when_done(future, self.tell)
 
 
+class _Untracked:
+    """What a wait tells of its futures where nobody wants to see how far it is."""
+
+    def add(self, future):
+        """Be told of one more future that is waited for."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        return None
+
+
+class _Tracked(_Untracked):
+    """Move a bar as futures end; the end of the `with` ends the bar, if it is ours."""
+
+    def __init__(self, progress, total, futures):
+        self.futures = futures              # looked at when it ends: who has not ended then forgets us
+        self.is_ours = True
+        if progress is True:
+            self.bar = ProgressBar(total=total)
+        elif isinstance(progress, dict):
+            for name, value in progress.items():
+                _parse(name, value, _BAR_OPTIONS)
+            self.bar = ProgressBar(**{"total": total, **progress})
+        elif isinstance(progress, ProgressBar):
+            self.bar, self.is_ours = progress, False
+            if progress.total is None and total is not None:
+                progress.set_total(total)
+        elif callable(progress):
+            self.bar = ProgressBar(total=total, disable=True)
+            self.bar._screen = _Told(progress)
+        else:
+            raise TypeError(f"progress must be true or false, a dict of a ProgressBar's options, a ProgressBar or a "
+                            f"function of (done, total, elapsed), not {progress!r}")
+
+    def add(self, future):
+        _when_done(future, self.tell)
+
+    def tell(self, future):
+        kind, value = future._outcome if isinstance(future, BaseFuture) else _outcome_of(future)
+        done, failed = (len(value.values), len(value.errors)) if isinstance(value, _Outcomes) else (1, kind is _ERROR)
+        self.bar._count(done, failed)
+
+    def __exit__(self, *exc_info):
+        for future in self.futures:
+            if _is_future(future) and not future.done():
+                _forget_when_done(future, self.tell)
+        if self.is_ours:
+            self.bar.__exit__(*exc_info)
+
+
+_UNTRACKED = _Untracked()
+
+
+def _tracked(progress, total, futures):
+    return _UNTRACKED if progress is None or progress is False else _Tracked(progress, total, futures)
+
+
+def _tracking(steps, progress, futures):
+    """Return the steps of waiting for the futures, with a bar that moves meanwhile if one is asked for."""
+    tracked = _tracked(progress, len(futures), futures)
+    return steps if tracked is _UNTRACKED else _tracked_steps(steps, tracked, futures)
+
+
+def _tracked_steps(steps, tracked, futures):
+    with tracked:
+        for future in futures:
+            tracked.add(future)
+        return (yield from steps)
+
+
 # What is to be done while waiting is written once, as generators that yield a _Watch to sleep on;
 # one driver blocks, the other awaits.
 
@@ -1074,21 +1656,25 @@ def _settled_of(futures, return_when):
     return concurrent.futures._base.DoneAndNotDoneFutures(done, futures - done)
 
 
-def wait(fs, timeout=None, return_when=ALL_COMPLETED):
+def wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=None):
     """Wait until the futures are done, or the first of them, or the first that raised.
 
     `fs` holds futures of any kind; `timeout` is in seconds, None: for ever. Returns the named tuple
     (done, not_done) of sets, as concurrent.futures.wait does; a timeout is not an error. In them a Ray
     ObjectRef is the future of `wrap_future`. RuntimeError for an asyncio future of the loop that runs
     in this thread.
+
+    progress: True for a ProgressBar, or a dict of its options, or one of yours, which is moved and not ended; or a
+        function that is called with (done, total, elapsed seconds), ten times a second at most and at the end,
+        from any thread, one at a time; what it raises is logged at DEBUG. None: nothing is shown.
     """
     fs = set(_wrap_refs(_several(fs)))
     for future in fs:
         _check_waitable(future)
-    return _run(_settled_of(fs, ReturnWhen(return_when)), timeout)
+    return _run(_tracking(_settled_of(fs, ReturnWhen(return_when)), progress, fs), timeout)
 
 
-async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED):
+async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=None):
     """Do what `wait` does without blocking the event loop; `fs` may hold coroutines too.
 
     A coroutine is run as a task, and the task is in the sets.
@@ -1097,7 +1683,7 @@ async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED):
     for future in fs:
         if not _is_future(future):
             raise TypeError(f"a future or coroutine is needed, not {type(future).__name__}")
-    return await _run_async(_settled_of(fs, ReturnWhen(return_when)), timeout)
+    return await _run_async(_tracking(_settled_of(fs, ReturnWhen(return_when)), progress, fs), timeout)
 
 
 def _as_future(x):
@@ -1256,7 +1842,7 @@ def _is_collection(x):
     return isinstance(x, collections.abc.Iterable) and not is_text and not _is_future(x)
 
 
-def gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False):
+def gather(*fs, return_exceptions=False, iter=False, timeout=None, progress=None, recurse=False):
     """Wait for the results: of several futures, or of one collection, dict or generator of them.
 
     Returns a list in the order given, for a dict a dict; what is no future is its own result. With
@@ -1264,20 +1850,20 @@ def gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False
     first failure is raised as soon as it happens, unless `return_exceptions` puts exceptions in the
     results' places. `iter=True` returns an iterator of (index or key, result) in the order in which
     they finish, which raises at the item that failed. TimeoutError `timeout` seconds after the call
-    (None: never); RuntimeError for an asyncio future of the loop that runs in this thread.
+    (None: never); RuntimeError for an asyncio future of the loop that runs in this thread. `progress` is
+    that of `wait`.
     """
     gathering = _Gathering(fs, return_exceptions, recurse)
-    values = None if iter else gathering.results_there()
+    values = None if iter or progress else gathering.results_there()
     if values is not None:
         return gathering.shaped(values)
     for future in gathering.find().futures:
         _check_waitable(future)
-    if iter:
-        return _finished(gathering.pairs(), timeout, _deadline(timeout))
-    return _run(gathering.collect(timeout), timeout)
+    steps = _tracking(gathering.pairs() if iter else gathering.collect(timeout), progress, gathering.futures)
+    return _finished(steps, timeout, _deadline(timeout)) if iter else _run(steps, timeout)
 
 
-def async_gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse=False):
+def async_gather(*fs, return_exceptions=False, iter=False, timeout=None, progress=None, recurse=False):
     """Do what `gather` does without blocking the event loop: to be awaited, or with `iter` for `async for`.
 
     Takes coroutines too, and runs them as tasks.
@@ -1285,9 +1871,8 @@ def async_gather(*fs, return_exceptions=False, iter=False, timeout=None, recurse
     gathering = _Gathering(fs, return_exceptions, recurse)
     gathering.values = list(map(_as_future, gathering.values))
     gathering.find()
-    if iter:
-        return _finished_async(gathering.pairs(), timeout, _deadline(timeout))
-    return _run_async(gathering.collect(timeout), timeout)
+    steps = _tracking(gathering.pairs() if iter else gathering.collect(timeout), progress, gathering.futures)
+    return _finished_async(steps, timeout, _deadline(timeout)) if iter else _run_async(steps, timeout)
 
 
 # === Futures inside containers ===
@@ -5458,9 +6043,9 @@ _INDEX = struct.Struct("<I")            # of the worker in its pool: what it rec
 # Kinds of message: to the worker ...
 _PLACE, _RECIPE, _SHARED, _FORGET, _VALUES, _CALL = range(6)
 # ... from it, ...
-_BUILT, _NOT_BUILT, _TICKET, _RETURNED, _RAISED, _NOT_LOADED = range(6, 12)
+_BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETURNED, _RAISED, _NOT_LOADED = range(6, 13)
 # ... and to it on its second socket.
-_VERDICT = 12
+_VERDICT = 13
 
 
 def _message(kind, portable, number=0):
@@ -5949,6 +6534,7 @@ class _Link:
         self.connection = connection        # our end, non-blocking
         self.lane = lane                    # for verdicts about limits
         self.guests = {}                    # by number: its tickets at the homes of limits
+        self.bars = {}                      # by its key: where a progress bar of its is shown, and what was last
         self.far = far                      # a copy of the worker's end: to see what a dead one left unread
         self.process = process
         self.inbox = _Inbox(connection, range(_BUILT, _NOT_LOADED + 1))
@@ -6008,10 +6594,21 @@ class _Link:
                 return count
             count -= len(data)
 
+    def show(self, key, words):
+        """Show a progress bar of the worker as one of ours."""
+        screen, _ = self.bars.get(key) or (_screen_for(_BarStyle.Auto), None)
+        shown = _State(*words)
+        self.bars[key] = screen, shown
+        if shown.state != "running":
+            del self.bars[key]
+        screen.put((id(self), key), shown)
+
     def give_back(self):
-        """Have what the dead worker held of limits free, and nothing wait for it."""
+        """Have what the dead worker held of limits free, and nothing wait for it; its progress bars end."""
         for guest in list(self.guests.values()):
             guest.leave()
+        for key, (_, shown) in list(self.bars.items()):
+            self.show(key, shown._replace(state="stopped"))
 
     def close(self):
         self.lane.close()
@@ -6188,6 +6785,8 @@ class _ProcessBackend(_Backend):
         """Take one message: what has to be settled is settled after the worker has got more to do."""
         if kind == _TICKET:
             _Guest.take(link, self.reader, *_pickle().loads(data))
+        elif kind == _PROGRESS:
+            link.show(*_pickle().loads(data))
         elif kind >= _RETURNED:
             if not link.sent:
                 raise ValueError("an answer to no call")
@@ -7514,6 +8113,10 @@ class _Upstream(_Way):
     def tell(self, words):
         return self.send(_message(_TICKET, _pickled(words)))
 
+    def show(self, key, shown):
+        """Have a progress bar shown by the parent."""
+        self.send(_message(_PROGRESS, _pickled((key, tuple(shown)))))
+
     def listen(self):
         with self.lock:
             if not self.is_heard:
@@ -8481,10 +9084,12 @@ def _finish_all():
 
 def _abandon_all():
     """Make the parent's handles and futures say, in a forked child, that they are the parent's."""
-    global _pools, _reader_lock, _naming, _upstream, _own_way, _way_lock
+    global _pools, _reader_lock, _naming, _upstream, _own_way, _way_lock, _screens_lock
     _upstream = _own_way = None
     _way_lock = threading.RLock()
     _ways.clear()
+    _screens.clear()
+    _screens_lock = threading.RLock()
     for limits in list(_sets.values()):
         # Acquisitions know the desk: its lock may be held by a thread that is not here, and it is the parent's.
         limits._home.attend = _do_nothing
@@ -8677,7 +9282,7 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
             raise TypeError("no function is bound to this worker: use submit(fn, ...), or init(fn=...)")
         return self._call("__call__", args, kwargs)
 
-    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None):
+    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None, progress=False):
         """Return an iterator of the function's results over the iterables, in their order.
 
         `map(fn, *iterables)`, or `map(*iterables)` when a function is bound; then each tuple of a
@@ -8688,6 +9293,7 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
         chunksize: so many items travel together, in one place of the queue.
         buffersize: at most so many items are in flight, and the input is read as results are taken;
             None: all items are submitted now.
+        progress: as that of `wait`.
         """
         fn = self._pool.bound
         if fn is None:
@@ -8701,7 +9307,14 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
         if is_spread:
             items = (item[0] if isinstance(item[0], tuple) else item for item in items)
         return _Map(self._pool, None if fn is self._pool.bound else self._pool.kind.shared(fn), items,
-                    is_spread, timeout, chunksize, buffersize).results()
+                    is_spread, timeout, chunksize, buffersize, progress, _total_of(args)).results()
+
+
+def _total_of(iterables):
+    """Return how many items there will be, None if an iterable does not tell."""
+    if all(isinstance(each, collections.abc.Sized) for each in iterables):
+        return min(map(len, iterables), default=0)
+    return None
 
 
 def _takes_one(fn):
@@ -8719,11 +9332,12 @@ def _takes_one(fn):
 class _Map:
     """One `map`: what is in flight, in order, and where more comes from."""
 
-    def __init__(self, pool, fn, items, is_ragged, timeout, chunksize, buffersize):
+    def __init__(self, pool, fn, items, is_ragged, timeout, chunksize, buffersize, progress, total):
         self.pool, self.fn, self.items, self.is_ragged = pool, fn, items, is_ragged
         self.timeout, self.deadline = timeout, _deadline(timeout)
         self.chunksize = 1 if pool.runs_inline else chunksize
         self.flying = collections.deque()       # futures; at the end what reading the input raised
+        self.tracked = _tracked(progress, total, self.flying)
         most = sys.maxsize if buffersize is None else max(1, buffersize // self.chunksize)
         try:
             while len(self.flying) < most and self.launch():
@@ -8747,7 +9361,9 @@ class _Map:
         if not chunk:
             self.items = None
             return False
-        self.flying.append(self.submit(chunk))
+        future = self.submit(chunk)
+        self.flying.append(future)
+        self.tracked.add(future)
         return True
 
     def submit(self, chunk):
@@ -8760,19 +9376,20 @@ class _Map:
 
     def results(self):
         try:
-            while self.flying:
-                future = self.flying[0]
-                if not isinstance(future, concurrent.futures.Future):
-                    raise future
-                result = future.result(_left(self.deadline))
-                self.flying.popleft()
-                del future              # the result is the caller's alone
-                self.launch()
-                if self.chunksize == 1:
-                    yield result
-                else:
-                    yield from result
-                del result
+            with self.tracked:
+                while self.flying:
+                    future = self.flying[0]
+                    if not isinstance(future, concurrent.futures.Future):
+                        raise future
+                    result = future.result(_left(self.deadline))
+                    self.flying.popleft()
+                    del future              # the result is the caller's alone
+                    self.launch()
+                    if self.chunksize == 1:
+                        yield result
+                    else:
+                        yield from result
+                    del result
         finally:
             self.cancel()
 
@@ -9173,9 +9790,9 @@ class _TaskFunction(_TaskHandle):
             self._start()
         return super()._call(method, args, kwargs)
 
-    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None):
+    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None, progress=False):
         self._start()
-        return super().map(*args, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+        return super().map(*args, timeout=timeout, chunksize=chunksize, buffersize=buffersize, progress=progress)
 
     map.__doc__ = _TaskHandle.map.__doc__
 
@@ -9203,48 +9820,98 @@ def task(fn=None, /, **options):
 
 # === Command line ===
 
+_HELP = """\
+usage: concurry map [options] (CALLABLE | -e EXPRESSION) [FILE ...]
+
+Apply a callable to every line of the files, or of standard input, on many
+workers, and print a result a line, in order, as they come.
+
+  CALLABLE          module:name
+  -e EXPRESSION     instead of it: an expression over x; it finds its modules
+  --mode MODE       process (the default), thread, asyncio, sync or ray
+  --max-workers N   process: 4, thread: 24
+  --unordered       print each result as soon as it is there
+  --json            lines are JSON, and so are results
+  --keep-going      go on after a line that failed; with --json a line
+                    {"error": ..., "line": ...} stands in its place
+  --retries N       try again what has failed, after longer and longer waits
+  --limit N/WINDOW  so many at most in any window: 100/minute, 5/second, 9/2.5
+  --progress        show how far it is; so it is at a terminal: --no-progress
+Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.
+
+  ls | concurry map -e "x + ' ' + hashlib.md5(open(x,'rb').read()).hexdigest()"
+  concurry map --mode thread --retries 3 --limit 10/second shop:price ids.txt
+  concurry map --json -e "{**x, 'year': x['date'][:4]}" <in.jsonl >out.jsonl
+"""
+
+
 def _arguments():
     import argparse
     parser = argparse.ArgumentParser(prog="concurry", description="Apply a callable to every line, on many workers.")
+    parser.add_argument("--version", action="version", version=f"concurry {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="map")
-    mapping = commands.add_parser(
-        "map", help="print a result for every line", usage="%(prog)s [options] (CALLABLE | -e EXPRESSION) [FILE ...]",
-        description="Apply a callable to every line of the files, or of standard input, and print a result a line, "
-        "in order, as they come. Errors go to standard error with the number of the line; the first one ends it, "
-        "unless --keep-going. Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.")
-    mapping.add_argument("-e", metavar="EXPRESSION", dest="expression",
-                         help="instead of CALLABLE: an expression over x; modules it names are imported")
-    mapping.add_argument("--mode", default="process", help="sync, thread, process (the default), asyncio, or ray: it "
-                         "joins the cluster that RAY_ADDRESS names, or makes one of this machine")
-    mapping.add_argument("--max-workers", help="how many workers; process: 4, thread: 24")
-    mapping.add_argument("--keep-going", action="store_true", help="go on after a line that failed")
-    mapping.add_argument("names", nargs="*", metavar="CALLABLE [FILE ...]", help="module:name, and files to read")
+    mapping = commands.add_parser("map", help="print a result for every line: see map --help")
+    mapping.format_help = lambda: _HELP
+    mapping.usage = _HELP.partition("\n")[0].partition(" ")[2]
+    mapping.add_argument("-e", dest="expression")
+    for name in ("--mode", "--max-workers", "--retries", "--limit"):
+        mapping.add_argument(name)
+    for name in ("--unordered", "--json", "--keep-going"):
+        mapping.add_argument(name, action="store_true")
+    mapping.add_argument("--progress", action="store_true", default=_is_terminal(sys.stderr))
+    mapping.add_argument("--no-progress", action="store_false", dest="progress")
+    mapping.add_argument("names", nargs="*")
     return parser, mapping
 
 
 class _Expression:
-    """A function of x from its source text: `len(x)`, `hashlib.md5(x.encode()).hexdigest()`."""
+    """A function of x from its source text, with the modules that it names: `hashlib.md5(x.encode()).hexdigest()`."""
 
     def __init__(self, source):
+        import ast
         self._source = source
-        self._code = compile(source, "<expression>", "eval")
-        self._modules = {name: _import_or_none(name) for name in self._code.co_names if name != "x"}
+        tree = ast.parse(source.strip(), "<expression>", "eval")
+        self._code = compile(tree, "<expression>", "eval")
+        self._names = {}
+        bound = {"x", *dir(builtins)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.arg):
+                bound.add(node.arg)
+            elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+                bound.add(node.id)
+        for node in ast.walk(tree):
+            parts = []
+            while isinstance(node, ast.Attribute):
+                parts.insert(0, node.attr)
+                node = node.value
+            if isinstance(node, ast.Name) and node.id not in bound:
+                self._names[node.id] = _import_along(node.id, parts)
 
     def __call__(self, x):
-        return eval(self._code, {"x": x, **{name: module for name, module in self._modules.items() if module}})
+        return eval(self._code, {**self._names, "x": x})
 
     def __reduce__(self):
         return _Expression, (self._source,)
 
 
-def _import_or_none(name):
-    import builtins
-    if hasattr(builtins, name):
-        return None
+def _import_along(name, parts):
+    """Import a module, and those in it that a chain of attributes leads through; return it, or raise ValueError."""
+    import importlib
     try:
-        return __import__(name)
-    except ImportError:
-        return None
+        top = found = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{name!r} is neither x, nor built in, nor a module that can be imported: {error}") from None
+    for part in parts:
+        if not isinstance(found, types.ModuleType):
+            break
+        name = f"{name}.{part}"
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                break                       # the call will say so
+        found = getattr(found, part, None)
+    return top
 
 
 def _find_callable(name):
@@ -9264,42 +9931,138 @@ def _find_callable(name):
     return found
 
 
+class _ForLines:
+    """What is done with a line, in its worker: read it, call within the limit, write the result."""
+
+    def __init__(self, fn, is_json):
+        self.fn, self.is_json = fn, is_json
+
+    def __call__(self, line, limits):
+        if self.is_json:
+            import json
+            line = json.loads(line)
+        with limits.acquire():
+            result = self.fn(line)
+        return self.later(result) if isinstance(result, types.CoroutineType) else self.written(result)
+
+    async def later(self, coroutine):
+        return self.written(await coroutine)
+
+    def written(self, result):
+        return _as_json(result) if self.is_json else str(result)
+
+
+def _as_json(value):
+    import json
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _call_limit(text):
+    """Return the limits that `100/minute` stands for, or raise ValueError."""
+    number, _, window = text.partition("/")
+    try:
+        return [CallLimit(float(number), float(window) if window[:1].isdigit() else window)]
+    except ValueError as error:
+        raise ValueError(f"--limit {text}: {error}; write it as 100/minute, or 100/2.5 for seconds") from None
+
+
 def _numbered_lines(names):
-    """Yield (where it stands, the line without its end) for the lines of the files or of standard input."""
+    """Yield (file or None, number, the line without its end) for the files, or standard input."""
     for name in names or [None]:
         with open(0 if name is None else name, closefd=name is not None, errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
-                yield f"line {number}" if name is None else f"{name}:{number}", line.rstrip("\n")
+                yield name, number, line.rstrip("\n")
 
 
-def _submit_lines(pool, names, submitted, places):
-    """Submit a call a line, so many ahead; on a thread of its own, for standard input may be slow."""
-    try:
-        for where, line in _numbered_lines(names):
-            places.acquire()
-            submitted.put((where, pool.submit(line)))
-    except BaseException as error:
-        submitted.put((None, error))
-    else:
-        submitted.put(None)
+def _count_lines(names):
+    """Return how many lines there are in the files; None for standard input, and for what is no plain file."""
+    if not names or not all(map(os.path.isfile, names)):
+        return None
+    count = 0
+    for name in names:
+        with open(name, "rb") as file:
+            last = b"\n"
+            for chunk in iter(functools.partial(file.read, 1 << 20), b""):
+                count += chunk.count(b"\n")
+                last = chunk
+            count += not last.endswith(b"\n")
+    return count
 
 
-def _print_results(pool, names, keep_going):
-    """Print a result a line; return the exit status."""
-    submitted = queue.SimpleQueue()
-    places = threading.Semaphore(16 * pool.max_workers)
-    threading.Thread(target=_submit_lines, args=(pool, names, submitted, places), daemon=True).start()
+_LINES_AHEAD = 16        # per worker: lines that were read and whose results are not printed
+
+
+class _LineMap:
+    """The lines on their way through the pool.
+
+    Iterated it yields ((file, number), future) of each line, or (None, what reading the input raised).
+    """
+
+    def __init__(self, pool, names, is_unordered):
+        self.pool, self.names, self.is_unordered = pool, names, is_unordered
+        self.places = threading.Semaphore(_LINES_AHEAD * pool.max_workers)
+        self.came = queue.SimpleQueue()         # what is to be yielded; at the end how many that are in all
+        # On a thread of its own, for standard input may be slow.
+        threading.Thread(target=self._submit_all, name="concurry lines", daemon=True).start()
+
+    def __iter__(self):
+        seen, most = 0, math.inf
+        while seen < most:
+            item = self.came.get()
+            if isinstance(item, int):
+                most = item
+            else:
+                seen += 1
+                yield item
+                self.places.release()
+
+    def _submit_all(self):
+        count = 0
+        try:
+            for *where, line in _numbered_lines(self.names):
+                self.places.acquire()
+                future = self.pool.submit(line)
+                count += 1
+                if self.is_unordered:
+                    future.add_done_callback(functools.partial(self._put, where))
+                else:
+                    self._put(where, future)
+        except BaseException as error:
+            count += 1
+            self._put(None, error)
+        self.came.put(count)
+
+    def _put(self, where, future):
+        self.came.put((where, future))
+
+
+def _print_results(lines, chosen):
+    """Print what becomes of the lines; return the exit status."""
     status = 0
-    for where, future in iter(submitted.get, None):
-        error = future if where is None else future.exception()
-        if error is None:
-            print(future.result(), flush=True)
-        else:
-            status = 1
-            print(f"concurry: {where or 'input'}: {type(error).__name__}: {error}", file=sys.stderr)
-            if where is None or not keep_going:
-                break
-        places.release()
+    beside = sys.stdout.isatty()                # then the bar has to make room for each result
+    total = _count_lines(chosen.names) if chosen.progress else None
+    with ProgressBar(total=total, unit="lines", disable=not chosen.progress) as bar:
+        aside = bar._screen.aside
+
+        def write(text):
+            show = functools.partial(print, text, flush=True)
+            aside(show) if beside else show()
+        for where, future in lines:
+            error = future if where is None else future.exception()
+            if error is None:
+                write(future.result())
+            else:
+                status = 1
+                name, number = where or (None, None)
+                place = "input" if where is None else f"{name}:{number}" if name else f"line {number}"
+                text = f"{type(error).__name__}: {error}"
+                aside(functools.partial(print, f"concurry: {place}: {text}", file=sys.stderr, flush=True))
+                if where is None or not chosen.keep_going:
+                    bar.failure()
+                    break
+                if chosen.json:
+                    write(_as_json({"error": text, **({"file": name} if name else {}), "line": number}))
+            bar._count(1, error is not None)
     return status
 
 
@@ -9315,16 +10078,19 @@ def main(argv=None):
         fn = _Expression(chosen.expression) if chosen.expression is not None else _find_callable(chosen.names.pop(0))
         for name in chosen.names:
             open(name).close()
-        given = {"mode": chosen.mode, "max_workers": chosen.max_workers}
+        given = {"mode": chosen.mode or "process", "max_workers": chosen.max_workers, "num_retries": chosen.retries,
+                 "limits": chosen.limit and _call_limit(chosen.limit)}
         given = {name: _parse(name, value) for name, value in given.items() if value is not None}
         if given["mode"] is ExecutionMode.Ray:
             _start_ray()
-        pool = _open(TaskWorker, given, (fn,), {}, sized=True)
+        pool = _open(TaskWorker, given, (_ForLines(fn, chosen.json),), {}, sized=True)
     except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
         mapping.error(str(error))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")        # names of files are bytes, and need not be text
     try:
         try:
-            return _print_results(pool, chosen.names, chosen.keep_going)
+            return _print_results(_LineMap(pool, chosen.names, chosen.unordered), chosen)
         finally:
             pool.stop(0)
     except KeyboardInterrupt:

@@ -900,6 +900,386 @@ class FutureTests(CleanTestCase):
         self.assertEqual(sizes[0], sizes[2])
 
 
+# === Progress ===
+
+class Stream:
+    """Standard error as a file has it, or, with a size, as a terminal: what it shows can be asked."""
+
+    encoding = "utf-8"
+
+    def __init__(self, columns=None, rows=24):
+        self.text, self.pieces = "", []
+        self.is_terminal = columns is not None
+        if self.is_terminal:
+            import fcntl
+            import pty
+            import struct
+            import termios
+            self.master, self.slave = pty.openpty()
+            fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+            self.columns = columns
+
+    def write(self, text):
+        self.text += text
+        self.pieces.append(text)
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return self.is_terminal
+
+    def fileno(self):
+        return self.slave
+
+    def close(self):
+        if self.is_terminal:
+            os.close(self.master)
+            os.close(self.slave)
+
+    def screen(self):
+        """Return the lines that a terminal shows after what was written to it."""
+        lines, row, column = [""], 0, 0
+        for up, erase, colour, char in re.findall(r"\x1b\[(\d+)A|\x1b\[([KJ])|\x1b\[([\d;]*)m|(.|\n)", self.text):
+            if up:
+                row -= int(up)
+            elif erase:
+                lines[row] = lines[row][:column]
+                if erase == "J":
+                    del lines[row + 1:]
+            elif char == "\r":
+                column = 0
+            elif char == "\n":
+                row, column = row + 1, 0
+                lines += [""] * (row - len(lines) + 1)
+            elif not colour:
+                lines[row] = lines[row][:column].ljust(column) + char + lines[row][column + 1:]
+                column += 1
+                assert column < self.columns, f"wider than the terminal: {lines[row]!r}"
+        return lines
+
+
+def state(n=450, total=1000, **changes):
+    """Return what a bar shows."""
+    return concurry._State(n, total, 0, 12.0, 37.5, "Work", "it", None, None, True, "running", "")._replace(**changes)
+
+
+class BarTestCase(CleanTestCase):
+    def setUp(self):
+        patch = unittest.mock.patch.object(concurry, "_REDRAW", 0)     # each update is shown
+        patch.start()
+        self.addCleanup(patch.stop)
+        settings = unittest.mock.patch.dict(os.environ, {"TERM": "xterm"})
+        settings.start()
+        self.addCleanup(settings.stop)
+        os.environ.pop("NO_COLOR", None)
+
+    def stream(self, columns=None, rows=24):
+        """Return what standard error is from now on, in this test."""
+        stream = Stream(columns, rows)
+        patch = unittest.mock.patch.object(sys, "stderr", stream)
+        patch.start()
+        self.addCleanup(stream.close)
+        self.addCleanup(patch.stop)
+        return stream
+
+
+class ProgressLineTests(CleanTestCase):
+    def line(self, columns, **changes):
+        line = concurry._line_of(state(**changes), columns)
+        self.assertLessEqual(concurry._columns(line), columns, line)
+        return line
+
+    def test_the_less_room_the_less_it_says(self):
+        self.assertEqual(self.line(70), "Work:  45%|██████████▊             | 450/1000 [00:12<00:14, 37.5 it/s]")
+        self.assertEqual(self.line(47), "Work:  45% 450/1000 [00:12<00:14, 37.5 it/s]")
+        self.assertEqual(self.line(34), "Work:  45% 450/1000 [00:12<00:14]")
+        self.assertEqual(self.line(27), "Work:  45% 450/1000 00:14")
+        self.assertEqual(self.line(20), "Work:  45% 450/1000")
+        self.assertEqual(self.line(12), "Work:  45%")
+        self.assertEqual(self.line(7), "Wo…:  …")
+        for columns in range(200):
+            self.line(columns, desc="a text with 宽 letters\nand lines" * 3, text="说" * 50, failed=7)
+            self.line(columns, total=None, desc="x" * columns)
+
+    def test_what_it_says(self):
+        for expected, changes in (
+                ("Work: 450 files [00:12, 37.5 files/s]", {"total": None, "unit": "files"}),
+                ("450/1000 [00:12, 37.5 it/s, 3 failed, lost]", {"state": "failure", "failed": 3, "text": "lost"}),
+                ("[1:02:03<3:03:20, 20 s/it]", {"elapsed": 3723.9, "rate": 0.05}),
+                ("45.5/1000.5 [00:12, 12.3k it/s]", {"n": 45.5, "total": 1000.5, "rate": 12345, "state": "stopped"}),
+                ("100%|", {"n": 1000}), (" 99%|", {"n": 999}), ("100%|", {"n": 2000}), ("  0%|", {"n": -5}),
+                ("100%|", {"n": 0, "total": 0}), ("[00:12, 0.0 it/s]", {"rate": 0.0})):
+            self.assertIn(expected, self.line(100, **changes))
+        self.assertEqual(concurry._line_of(state(ncols=20), 100), "Work:  45% 450/1000")
+        self.assertIn("45%|####      |", concurry._line_of(state(), 56, " #"))
+
+    def test_the_bar_fills(self):
+        for n in range(0, 1001, 7):
+            bar = concurry._bar_of(state(n), 12, concurry._BLOCKS)
+            self.assertEqual(len(bar), 12)
+            eighths = bar.count("█") * 8 + sum(" ▏▎▍▌▋▊▉".index(each) for each in bar if each not in "█|")
+            self.assertEqual(eighths, n * 80 // 1000)
+
+
+class ProgressTests(BarTestCase):
+    def test_counting(self):
+        stream = self.stream()
+        bar = ProgressBar(total=3, desc="steps")
+        bar.update()
+        bar.update(0.5)
+        bar.set_n(2)
+        bar.set_total(4)
+        bar.set_description("more steps")
+        bar.set_unit("m")
+        self.assertEqual((bar.n, bar.total, bar.desc, len(bar), bool(bar)), (2, 4, "more steps", 4, True))
+        self.assertRegex(repr(bar), "'more steps': 2 of 4, running")
+        bar.success("enough")
+        bar.failure("too late")
+        bar.update()
+        self.assertEqual(bar.n, 3)
+        self.assertRegex(stream.text, r"^more steps:  50% 2/4 \[00:00, .* m/s, enough\] success\n$")
+
+    def test_bad_input(self):
+        self.stream()
+        for wrong, error in (({"total": -1}, ValueError), ({"total": "x"}, ValueError), ({"ncols": 0}, ValueError),
+                             ({"color": "gren"}, ValueError), ({"color": "#12345g"}, ValueError),
+                             ({"style": "loud"}, ValueError), ({"disable": "perhaps"}, ValueError),
+                             ({"total": math.inf}, ValueError), ({"colour": "red"}, TypeError)):
+            with self.assertRaisesRegex(error, next(iter(wrong))):
+                ProgressBar(**wrong)
+        self.assertRaisesRegex(TypeError, "total=", ProgressBar, 10)
+        self.assertRaisesRegex(TypeError, "without an iterable", iter, ProgressBar(total=1, disable=True))
+        self.assertRaisesRegex(TypeError, "not known", len, ProgressBar(disable=True))
+        bar = ProgressBar(disable=True)
+        self.assertRaises(TypeError, bar.update, "1")
+        self.assertRaisesRegex(ValueError, "n='x'", bar.set_n, "x")
+        self.assertEqual(bar.n, 0)
+        self.assertRaisesRegex(pickle.PicklingError, "make one there", pickle.dumps, bar)
+
+    def test_how_it_ends(self):
+        def left_early():
+            for x in ProgressBar(range(3)):
+                if x == 1:
+                    break
+
+        def broken():
+            yield 1
+            raise KeyError("x")
+
+        def interrupted():
+            with ProgressBar(total=3):
+                raise KeyboardInterrupt
+
+        def failing():
+            with ProgressBar(total=3):
+                raise OSError
+
+        def forgotten():
+            ProgressBar(total=3).update()
+
+        def short():
+            list(ProgressBar(iter([1, 2]), total=3))
+
+        def half():
+            with ProgressBar(total=3) as bar:
+                bar.update()
+        for body, ending in ((left_early, "stopped"), (lambda: list(ProgressBar(broken())), "KeyError] failure"),
+                             (interrupted, "stopped"), (failing, "OSError] failure"), (forgotten, "stopped"),
+                             (short, "success"), (half, "stopped"), (lambda: list(ProgressBar("abc")), "success")):
+            stream = self.stream()
+            with contextlib.suppress(KeyError, OSError, KeyboardInterrupt):
+                body()
+            gc.collect()
+            self.assertRegex(stream.text, re.escape(ending) + r"\n$")
+            self.assertEqual(stream.text.count("\n"), 1)
+
+    def test_disabled_there_is_nothing(self):
+        with unittest.mock.patch.object(concurry, "_screen_for", side_effect=AssertionError):
+            for _ in ProgressBar(range(3), disable=True):
+                pass
+            with ProgressBar(total=3, disable=True) as bar:
+                bar.update(3)
+            with Executor("sync") as pool:
+                for off in (None, False):
+                    self.assertEqual(list(pool.map(abs, [-1], progress=off)), [1])
+                    concurry.wait([pool.submit(abs, -1)], progress=off)
+                    self.assertEqual(concurry.gather(pool.submit(abs, -1), progress=off), [1])
+                    self.assertEqual(list(pool.map(abs, [-1], progress={"disable": True})), [1])
+        self.assertEqual(bar.n, 3)
+
+    def test_ten_redraws_a_second(self):
+        now = [100.0]
+        with unittest.mock.patch.multiple(concurry, _REDRAW=0.1, time=types.SimpleNamespace(monotonic=lambda: now[0])):
+            stream = self.stream(80)
+            bar, other = ProgressBar(total=1000), ProgressBar(total=1000)
+            for _ in range(1000):
+                now[0] += 0.001
+                bar.update()
+                other.update()
+                bar.set_description("x")
+            drawn = len(stream.pieces)
+            bar.close()
+            other.close()
+        self.assertIn(drawn, (10, 11))
+        self.assertEqual(len(stream.pieces), drawn + 2)         # the ends are always shown
+
+    def test_lines_where_nothing_can_be_redrawn(self):
+        now = [100.0]
+        with unittest.mock.patch.object(concurry, "time", types.SimpleNamespace(monotonic=lambda: now[0])):
+            stream = self.stream()
+            bar = ProgressBar(total=10_000, desc="night")
+            for _ in range(10_000):
+                now[0] += 1
+                bar.update()
+            bar.success()
+        lines = stream.text.splitlines()
+        self.assertLess(len(lines), 70)
+        self.assertEqual([re.search(r" (\d+)/", line)[1] for line in lines[:11]], [str(n) for n in range(10, 120, 10)])
+        self.assertEqual(lines[-1], "night: 100% 10000/10000 [2:46:40, 1.0 it/s] success")
+        self.assertTrue(all(piece.endswith("\n") for piece in stream.pieces))       # whole lines, for others write too
+
+    def test_what_cannot_be_shown_is_no_matter(self):
+        class Broken(Stream):
+            def write(self, text):
+                raise OSError("no space left on device")
+        with unittest.mock.patch.object(sys, "stderr", Broken()):
+            self.assertEqual(list(ProgressBar(range(3))), [0, 1, 2])
+        with unittest.mock.patch.object(sys, "stderr", None):
+            self.assertEqual(list(ProgressBar(range(3))), [0, 1, 2])
+        narrow = self.stream()
+        narrow.encoding = "ascii"
+        list(ProgressBar(range(3), desc="é"))
+        self.assertRegex(narrow.text, r"^\?: 100%")
+
+    def test_a_signal_handler_in_the_middle(self):
+        stream = self.stream(80)
+        bar = ProgressBar(total=9)
+        write = stream.write
+
+        def interrupted(text):
+            stream.write = write
+            bar.update()
+            with ProgressBar(total=1, desc="inner") as inner:
+                inner.update()
+            write(text)
+        stream.write = interrupted
+        bar.update()
+        bar.update()
+        bar.close()
+        self.assertEqual(stream.screen()[0][:12], "inner: 100%|")
+        self.assertIn("3/9", stream.screen()[1])
+
+    def test_from_many_threads(self):
+        stream = self.stream(80)
+        bar = ProgressBar(total=8000)
+        threads = [in_thread(lambda: [bar.update() for _ in range(1000)]) for _ in range(8)]
+        for thread in threads:
+            thread.result(SAFETY)
+        self.assertEqual(bar.n, 8000)
+        bar.close()
+        self.assertEqual(len(stream.screen()), 2)
+        self.assertIn("8000/8000", stream.screen()[0])
+
+
+class ProgressTerminalTests(BarTestCase):
+    def test_a_line_is_redrawn(self):
+        stream = self.stream(80)
+        bar = ProgressBar(total=4, desc="crunch", unit="files")
+        for n in range(1, 5):
+            bar.update()
+            self.assertRegex(stream.screen()[0], rf"^crunch: +{25 * n}%\|.*\| {n}/4 \[00:00(<00:00)?, .*files/s\]$")
+            self.assertEqual(len(stream.screen()), 1)
+        bar.success("done")
+        self.assertRegex(stream.screen()[0], r"^crunch: 100%\|█+\| 4/4 \[00:00, .*, done\]$")
+        self.assertEqual(stream.screen()[1:], [""])
+
+    def test_narrow(self):
+        stream = self.stream(30)
+        with ProgressBar(total=4, desc="a description that is much too long") as bar:
+            bar.update()
+            self.assertRegex(stream.screen()[0], r"^a description…:  25% 1/4")
+        self.assertEqual(len(stream.screen()), 2)
+
+    def test_several_and_nested(self):
+        stream = self.stream(80, rows=5)
+        outer = ProgressBar(total=2, desc="outer")
+        for n in range(2):
+            for _ in ProgressBar(range(2), desc=f"inner {n}", leave=False):
+                self.assertEqual([line[:7] for line in stream.screen()], ["outer: ", f"inner {n}"])
+            self.assertEqual([line[:5] for line in stream.screen()], ["outer"])
+            outer.update()
+        many = [ProgressBar(total=1, desc=f"bar {n}") for n in range(9)]        # more than there are lines
+        self.assertEqual([line[:5] for line in stream.screen()], ["outer", "bar 0", "bar 1", "bar 2"])
+        for bar in many:
+            bar.success()
+        outer.success()
+        self.assertEqual([line[:5] for line in stream.screen()], [*(f"bar {n}" for n in range(9)), "outer", ""])
+
+    def test_colours(self):
+        def colours(**options):
+            stream = self.stream(80)
+            bars = [ProgressBar(total=1, **options) for _ in range(3)]
+            for bar, end in zip(bars, ("success", "failure", "stop")):
+                getattr(bar, end)()
+            return list(dict.fromkeys(re.findall(r"\x1b\[([\d;]{2,})m", stream.text)))
+        self.assertEqual(colours(), ["32", "31", "33"])
+        self.assertEqual(colours(color="cyan"), ["36", "32", "31", "33"])
+        self.assertEqual(colours(color="#ff8000")[0], "38;2;255;128;0")
+        with unittest.mock.patch.dict(os.environ, NO_COLOR="1"):
+            self.assertEqual(colours(color="cyan"), [])
+
+    def test_a_dumb_terminal(self):
+        with unittest.mock.patch.dict(os.environ, TERM="dumb"):
+            stream = self.stream(80)
+            list(ProgressBar(range(3)))
+        self.assertNotIn("\x1b", stream.text)
+
+    def test_printing_beside_it(self):
+        stream = self.stream(80)
+        bar = ProgressBar(total=2)
+        bar._screen.aside(lambda: stream.write("a result\n"))
+        self.assertEqual([line[:8] for line in stream.screen()], ["a result", "  0%|   "])
+        bar.close()
+
+
+class NotebookTests(CleanTestCase):
+    def test_in_a_notebook(self):
+        try:
+            import ipykernel  # noqa: F401
+            import nbclient
+            import nbformat
+        except ImportError as error:
+            self.skipTest(f"needs {error.name}")
+        code = textwrap.dedent("""
+            import sys, threading
+            sys.path.insert(0, {here!r})
+            import concurry
+            bar = concurry.ProgressBar(total=3, desc="<cells>", color="cyan")
+            bar.update(3)
+            bar.success("all")
+            with concurry.Executor("thread", 2) as pool:
+                assert list(pool.map(abs, range(5), progress=dict(desc="calls"))) == [0, 1, 2, 3, 4]
+            def inner(n):
+                for _ in concurry.ProgressBar(range(n), desc="in a process"):
+                    pass
+            with concurry.Executor("process", 1) as pool:
+                pool.submit(inner, 4).result()
+            for _ in concurry.ProgressBar(range(2), leave=False):
+                pass
+        """).format(here=os.path.dirname(os.path.abspath(concurry.__file__)))
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        nbclient.NotebookClient(notebook, timeout=SAFETY, kernel_name="python3").execute()
+        outputs = [output for output in notebook.cells[0].outputs if output.output_type == "display_data"]
+        shown = [output.data["text/html"] for output in outputs]
+        self.assertEqual([output for output in notebook.cells[0].outputs if output not in outputs], [])
+        self.assertRegex(shown[0], r'&lt;cells&gt; <progress value="3" max="3" style=".*accent-color: green"></progress>'
+                                   r'.*100% 3/3 \[00:00, .*, all\]')
+        self.assertRegex(shown[1], r'calls <progress value="5" max="5".*100% 5/5')
+        self.assertRegex(shown[2], r'in a process <progress value="4" max="4".*100% 4/4')
+        self.assertEqual(shown[3:], [""])
+
+
 # === Waiting ===
 
 class WaitTests(CleanTestCase):
@@ -1028,6 +1408,95 @@ class WaitTests(CleanTestCase):
         for part in range(4):
             in_thread(lambda part: [f.set_result(n) for n, f in enumerate(futures) if n % 4 == part], part)
         self.assertEqual(waiting.result(SAFETY), list(range(10_000)))
+
+
+class TrackedTests(BarTestCase):
+    """`progress=` of wait and gather, over futures that are settled by hand."""
+
+    def told(self):
+        calls = []
+        return calls, lambda done, total, elapsed: calls.append((done, total, elapsed >= 0))
+
+    def test_a_function_is_told(self):
+        futures = [BaseFuture(), concurrent.futures.Future(), BaseFuture(), done_future()]
+        calls, progress = self.told()
+        waiting = in_thread(lambda: concurry.wait(futures, SAFETY, progress=progress))
+        until(lambda: calls)
+        for n, future in enumerate(futures[:3], 2):
+            future.set_result(n)
+            until(lambda n=n: calls[-1][0] == n)
+        waiting.result(SAFETY)
+        self.assertEqual(list(dict.fromkeys(calls)), [(n, 4, True) for n in range(1, 5)])
+
+    def test_all_ways_to_wait(self):
+        async def awaited(futures, **options):
+            return await concurry.async_wait(futures, progress=options["progress"])
+
+        async def gathered(futures, **options):
+            return await concurry.async_gather(futures, **options)
+
+        async def one_by_one(futures, **options):
+            return [pair async for pair in concurry.async_gather(futures, iter=True, **options)]
+        ways = {
+            "wait": concurry.wait, "gather": concurry.gather,
+            "gather, iter": lambda futures, **options: list(concurry.gather(futures, iter=True, **options)),
+            "recurse": lambda futures, **options: concurry.gather({"x": [futures]}, recurse=True, **options),
+            "async_wait": lambda *args, **options: asyncio.run(awaited(*args, **options)),
+            "async_gather": lambda *args, **options: asyncio.run(gathered(*args, **options)),
+            "async iter": lambda *args, **options: asyncio.run(one_by_one(*args, **options))}
+        for name, way in ways.items():
+            with self.subTest(name):
+                futures = [BaseFuture() for _ in range(3)]
+                calls, progress = self.told()
+                waiting = in_thread(lambda way=way, futures=futures, progress=progress: way(futures, progress=progress))
+                for future in futures:
+                    future.set_result(None)
+                waiting.result(SAFETY)
+                self.assertEqual(calls[-1], (3, 3, True))
+                stream = self.stream()
+                way(futures, progress=True)
+                self.assertRegex(stream.text, r"^100% 3/3 .* success\n$")
+                stream = self.stream()
+                way(futures, progress={"desc": "mine", "total": 6, "unit": "calls"})
+                self.assertRegex(stream.text, r"^mine:  50% 3/6 .*calls/s\] stopped\n$")
+
+    def test_failures_and_early_ends(self):
+        good, bad, pending = done_future(), done_future(error=KeyError("x")), BaseFuture()
+        for body, ending in (
+                (lambda: concurry.wait([good, bad], progress=True), r"100% 2/2 .*, 1 failed\] failure"),
+                (lambda: concurry.gather([good, bad], progress=True), r"1 failed, KeyError\] failure"),
+                (lambda: concurry.gather([good, bad], return_exceptions=True, progress=True), r"1 failed\] failure"),
+                (lambda: concurry.wait([good, pending], 0, progress=True), r"50% 1/2 .*\] stopped"),
+                (lambda: concurry.gather([good, pending], timeout=0, progress=True), r"50% 1/2 .*TimeoutError\] failure"),
+                (lambda: next(concurry.gather([good, pending], iter=True, progress=True)), r"50% 1/2 .*\] stopped")):
+            stream = self.stream()
+            with contextlib.suppress(KeyError, TimeoutError, concurrent.futures.TimeoutError):
+                body()
+            gc.collect()
+            self.assertRegex(stream.text, ending + r"\n$")
+        self.assertEqual(pending.__dict__.get("_wakers", []), [])       # nobody is left in it
+
+    def test_a_bar_of_ones_own(self):
+        stream = self.stream()
+        bar = ProgressBar(desc="both")
+        concurry.wait([done_future()], progress=bar)
+        concurry.gather([done_future(), done_future()], progress=bar)
+        self.assertEqual((bar.n, bar.total, stream.text), (3, 1, ""))
+        bar.success()
+        self.assertIn("both: 100% 3/1", stream.text)
+
+    def test_what_the_function_raises_is_no_matter(self):
+        def broken(*args):
+            raise KeyError("mine")
+        with self.assertLogs("concurry", "DEBUG") as logs:
+            concurry.wait([done_future(), done_future()], progress=broken)
+        self.assertIn("mine", logs.output[0])
+
+    def test_bad_input(self):
+        for wrong, error, text in ((3, TypeError, "progress must be"), ({"colour": 1}, TypeError, "'color'"),
+                                   ({"total": -1}, ValueError, "total=-1")):
+            for call in (lambda **o: concurry.wait([], **o), lambda **o: concurry.gather([], **o)):
+                self.assertRaisesRegex(error, text, call, progress=wrong)
 
 
 class AsyncWaitTests(CleanTestCase):
@@ -4358,6 +4827,99 @@ class FunctionTests:
 
 
 over_modes(globals(), [FunctionTests])
+
+
+def move_a_bar(desc, n, die=False):
+    for x in ProgressBar(range(n), desc=desc):
+        if die and x:
+            os._exit(3)
+    return n
+
+
+def move_in_a_nested_process(desc):
+    with Executor("process", 1) as pool:
+        return pool.submit(move_a_bar, desc, 3).result()
+
+
+class MapProgressTests:
+    """`progress=` of map, and bars inside of calls."""
+
+    def setUp(self):
+        self.stream = Stream()
+        patch = unittest.mock.patch.object(sys, "stderr", self.stream)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.pool = self.make(TaskWorker)
+
+    def test_of_all_kinds_of_input(self):
+        for options, inputs, ending in (
+                ({}, (range(5), [1] * 9), "100% 5/5"), ({}, (iter(range(5)), [1] * 9), "5 it"), ({}, ([], [1]), "100% 0/0"),
+                ({"chunksize": 2}, (range(5), [1] * 9), "100% 5/5"),
+                ({"buffersize": 2}, (itertools.count(), [1] * 5), "5 it")):
+            self.stream.text = ""
+            results = list(self.pool.map(pow, *inputs, progress={"desc": "powers"}, **options))
+            self.assertEqual(results, list(range(5)) if inputs[0] else [])
+            self.assertRegex(self.stream.text, rf"^powers: {ending} .* success\n$")
+
+    def test_failures(self):
+        calls = []
+        results = self.pool.map(square, [1, 2, "x", 3], progress=lambda *told: calls.append(told))
+        self.assertRaises(TypeError, list, results)
+        results = self.pool.map(square, [1, 2, "x", 3], progress=True)
+        self.assertRaises(TypeError, list, results)
+        self.assertRegex(self.stream.text, r"1 failed, TypeError\] failure\n$")
+        self.assertEqual(calls[-1][1], 4)
+
+    def test_failures_in_chunks(self):
+        results = self.pool.map(square, [1, 2, "x", 3, "y", "z"], chunksize=3, progress=True)
+        self.assertRaises(TypeError, list, results)
+        if self.mode != "ray":                  # whose results are not looked at before somebody asks
+            self.assertRegex(self.stream.text, r"[1-3] failed, TypeError\] failure\n$")
+
+    def test_leaving_early(self):
+        results = self.pool.map(square, itertools.count(), buffersize=3, progress={"desc": "squares"})
+        self.assertEqual([next(results) for _ in range(3)], [0, 1, 4])
+        results.close()
+        self.assertRegex(self.stream.text, r"^squares: \d+ it .* stopped\n$")
+
+    def test_a_bar_in_a_call(self):
+        self.assertEqual(self.pool.submit(move_a_bar, "inside", 3).result(SAFETY), 3)
+        if self.mode != "ray":                  # which carries lines to its driver, some time
+            self.assertRegex(self.stream.text, r"^inside: 100% 3/3 .* success\n$")
+
+
+over_modes(globals(), [MapProgressTests])
+
+
+class ProgressOfProcessesTests(BarTestCase):
+    def test_on_the_parents_terminal(self):
+        stream = self.stream(80)
+        with Executor("process", 2) as pool:
+            self.assertEqual(list(pool.map(move_a_bar, ["a", "b"], [3, 4], progress={"desc": "all"})), [3, 4])
+        self.assertEqual([line[:7] for line in sorted(stream.screen())], ["", "a: 100%", "all: 10", "b: 100%"])
+
+    def test_of_a_process_that_dies(self):
+        stream = self.stream()
+        with self.assertLogs("concurry", "WARNING"), Executor("process", 1) as pool:
+            self.assertRaises(WorkerDiedError, pool.submit(move_a_bar, "fatal", 9, True).result, SAFETY)
+        self.assertRegex(stream.text, r"^fatal: .* stopped\n$")
+
+    def test_of_a_process_of_a_process(self):
+        stream = self.stream()
+        with Executor("process", 1) as pool:
+            self.assertEqual(pool.submit(move_in_a_nested_process, "deep").result(SAFETY), 3)
+        self.assertRegex(stream.text, r"^deep: 100% 3/3 .* success\n$")
+
+    def test_on_its_own_standard_error(self):
+        result = run_script("""
+            import concurry
+            def work():
+                for _ in concurry.ProgressBar(range(3), style="ray", desc="here"):
+                    pass
+            with concurry.Executor("process", 1) as pool:
+                pool.submit(work).result()
+        """)
+        self.assertRegex(result.stderr, r"^here: 100% 3/3 .* success\n$")
 
 
 class MapRunningTests:
@@ -9908,6 +10470,121 @@ class CommandLineTests(ProgramCase):
                 self.assertNotIn("Traceback", errors)
         ended = subprocess.run([sys.executable, SOURCE], capture_output=True, timeout=SAFETY)
         self.assertEqual(ended.returncode, 2)
+        for limit in ("100", "0/minute", "5/fortnight", "x/second", "5/0"):
+            self.assertIn("write it as 100/minute", self.map("math:sqrt", "--limit", limit, status=2)[1])
+        self.assertIn("num_retries='some'", self.map("math:sqrt", "--retries", "some", status=2)[1])
+        self.assertIn("'no_such_name' is neither", self.map("-e", "no_such_name(x)", status=2)[1])
+
+    def test_help(self):
+        """A screen of 24 lines of 80, with each option and three commands."""
+        ended = subprocess.run([sys.executable, SOURCE, "map", "--help"], capture_output=True, text=True, timeout=SAFETY)
+        lines = ended.stdout.splitlines()
+        self.assertLessEqual(len(lines), 24)
+        self.assertLess(max(map(len, lines)), 80)
+        _, mapping = concurry._arguments()
+        options = {option for action in mapping._actions for option in action.option_strings} - {"-h", "--help"}
+        self.assertEqual(options, set(re.findall(r"(?<![\w-])(-e|--[a-z-]+)", ended.stdout.partition("Exit")[0])))
+        self.assertEqual(len(re.findall(r"^  .*concurry map", ended.stdout, re.MULTILINE)), 3)
+        version = subprocess.run([sys.executable, SOURCE, "--version"], capture_output=True, text=True, timeout=SAFETY)
+        self.assertEqual(version.stdout, f"concurry {concurry.__version__}\n")
+
+    def test_expressions_find_their_modules(self):
+        folder = self.folder()
+        self.write(folder, mine="factor = 3", json="raise ImportError('an attribute is no module')")
+        for expression, result in (
+                ("hashlib.sha256(x.encode()).hexdigest()[:4]", "ef2d"), ("mine.factor * int(x)", "15"),
+                ("os.path.join(x, 'b')", "5/b"), ("xml.etree.ElementTree.Element(x).tag", "5"),
+                ("urllib.parse.quote(x + '/')", "5/"), ("max([random for random in x])", "5"),
+                ("(lambda copy: copy + x)('a')", "a5"), ("(y := int(x)) + y", "10"), (" len(x) ", "1"),
+                ("[collections.Counter(x)[y] for y in x]", "[1]"), ("types.SimpleNamespace(json=x).json", "5")):
+            self.assertEqual(self.map("-e", expression, text="5", folder=folder), (result + "\n", ""), expression)
+        self.assertIn("AttributeError", self.map("-e", "os.no_such(x)", text="5", status=1)[1])
+
+    def test_json(self):
+        text = '{"n": 1}\n\n{"n": 0}\n{"n": "é"}\n'
+        output, errors = self.map("--json", "-e", "{**x, 'm': 6 / x['n'] if x['n'] in (0, 1) else x['n']}", "--keep-going",
+                                  text=text, status=1)
+        self.assertEqual(output.splitlines(), [
+            '{"n": 1, "m": 6.0}', '{"error": "JSONDecodeError: Expecting value: line 1 column 1 (char 0)", "line": 2}',
+            '{"error": "ZeroDivisionError: division by zero", "line": 3}', '{"n": "é", "m": "é"}'])
+        self.assertEqual(len(errors.splitlines()), 2)
+        folder = self.folder()
+        self.write(folder, a="1\n{}\n")
+        output, _ = self.map("--json", "-e", "{x} if x else x", "--keep-going", "a.py", folder=folder, status=1)
+        self.assertEqual(output.splitlines(), [
+            '{"error": "TypeError: Object of type set is not JSON serializable", "file": "a.py", "line": 1}', "{}"])
+
+    def test_retries_and_limits(self):
+        folder = self.folder()
+        self.write(folder, mod='''
+            seen, granted = {}, []
+            def unsteady(x):
+                seen[x] = seen.get(x, 0) + 1
+                if seen[x] < 2: raise OSError("again")
+                return f"{x} {seen[x]}"
+        ''')
+        one = ("mod:unsteady", "--max-workers=1")
+        output, errors = self.map(*one, "--retries", "1", text="a\nb\n", folder=folder)
+        self.assertEqual((output, errors), ("a 2\nb 2\n", ""))
+        self.assertIn("OSError", self.map(*one, text="a\n", folder=folder, status=1)[1])
+        # Of a window that does not end here there are two calls.
+        for mode in ("process", "thread", "asyncio"):
+            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", "x", "--mode", mode, "--limit", "2/day", "--max-workers=1"],
+                              start_new_session=True)
+            for text in "abc":
+                program.say(text)
+            self.assertEqual([program.line(), program.line()], ["a", "b"])
+            os.killpg(program.popen.pid, signal.SIGINT)
+            self.assertEqual((program.popen.wait(SAFETY), program.output()[0]), (130, ""))
+
+    def test_unordered(self):
+        """Each as soon as it is there: the first line waits for the second to be printed."""
+        flag = self.flag()
+        for mode in ("process", "thread"):
+            code = f"x == '2' or (os.read(os.open({flag.path!r}, os.O_RDONLY), 1), x)[1]"
+            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", code, "--mode", mode, "--unordered"])
+            program.say("1")
+            program.say("2")
+            self.assertEqual(program.line(), "True")
+            os.write(flag.keeper, b"x")
+            self.assertEqual(program.line(), "1")
+            self.assertEqual((program.output(), program.popen.returncode), (("", ""), 0))
+
+    def test_memory_is_flat(self):
+        """Of an endless input only as many lines are read as there is room for."""
+        read = itertools.count()
+        lines = ((None, n, str(n)) for n in read)
+        pool = self.start(TaskWorker, init={"fn": str}, mode="thread")
+        with unittest.mock.patch.object(concurry, "_numbered_lines", lambda names: lines):
+            came = concurry._LineMap(pool, [], False)
+            seen = [future.result(SAFETY) for _, (_, future) in zip(range(100), came)]
+            self.assertEqual(seen, [f"{n}" for n in range(100)])
+            self.assertLessEqual(next(read), 100 + concurry._LINES_AHEAD + 2)
+            pool.stop()                     # the next submission raises, and ends the thread
+            while not isinstance(came.came.get(timeout=SAFETY), int):
+                came.places.release()
+
+    def test_progress(self):
+        folder = self.folder()
+        self.write(folder, a="1\n2\nx\n3", b="4\n")
+        output, errors = self.map("-e", "int(x)", "--progress", "--keep-going", "a.py", "b.py", folder=folder, status=1)
+        self.assertEqual(output, "1\n2\n3\n4\n")
+        self.assertRegex(errors, r"^concurry: a.py:3: .*\n100% 5/5 \[.* lines/s, 1 failed\] failure\n$")
+        self.assertRegex(self.map("-e", "x", "--progress", text="a\nb\n")[1], r"^2 lines \[.*\] success\n$")
+        import pty
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        terminal = Stream(80)
+        self.addCleanup(terminal.close)
+        for words, is_shown in ((), True), (("--no-progress",), False):
+            ended = subprocess.run([sys.executable, SOURCE, "map", "-e", "x * 2", *words, "a.py"], stdout=slave, stderr=slave,
+                                   cwd=folder, timeout=SAFETY, env={**os.environ, "TERM": "xterm"})
+            self.assertEqual(ended.returncode, 0)
+            terminal.text = os.read(master, 1 << 16).decode()
+            lines = terminal.screen()
+            self.assertEqual(lines[:4], ["11", "22", "xx", "33"])
+            self.assertEqual([re.sub(r"\|.*\|", "", line)[:8] for line in lines[4:]], ["100% 4/4", ""] if is_shown else [""])
+        os.close(slave)
 
     def test_results_come_as_they_are(self):
         """With standard input still open; then Ctrl-C, which is quiet and leaves nothing behind."""
