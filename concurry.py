@@ -1533,8 +1533,8 @@ class _Watch(_Bell):
 class _Untracked:
     """What a wait tells of its futures where nobody wants to see how far it is."""
 
-    def add(self, future):
-        """Be told of one more future that is waited for."""
+    def add(self, future, count=1):
+        """Be told of one more future that is waited for, and how many calls it stands for."""
 
     def __enter__(self):
         return self
@@ -1548,6 +1548,7 @@ class _Tracked(_Untracked):
 
     def __init__(self, progress, total, futures):
         self.futures = futures              # looked at when it ends: who has not ended then forgets us
+        self.counts = {}                    # by future, where it stands for more than one call
         self.is_ours = True
         if progress is True:
             self.bar = ProgressBar(total=total)
@@ -1566,13 +1567,15 @@ class _Tracked(_Untracked):
             raise TypeError(f"progress must be true or false, a dict of a ProgressBar's options, a ProgressBar or a "
                             f"function of (done, total, elapsed), not {progress!r}")
 
-    def add(self, future):
+    def add(self, future, count=1):
+        if count > 1:
+            self.counts[future] = count
         _when_done(future, self.tell)
 
     def tell(self, future):
         kind, value = future._outcome if isinstance(future, BaseFuture) else _outcome_of(future)
-        done, failed = (len(value.values), len(value.errors)) if isinstance(value, _Outcomes) else (1, kind is _ERROR)
-        self.bar._count(done, failed)
+        count = self.counts.pop(future, 1)
+        self.bar._count(count, len(value.errors) if isinstance(value, _Outcomes) else count * (kind is _ERROR))
 
     def __exit__(self, *exc_info):
         for future in self.futures:
@@ -9363,7 +9366,7 @@ class _Map:
             return False
         future = self.submit(chunk)
         self.flying.append(future)
-        self.tracked.add(future)
+        self.tracked.add(future, len(chunk))
         return True
 
     def submit(self, chunk):

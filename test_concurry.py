@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import json
 import logging
 import logging.handlers
 import math
@@ -1247,8 +1248,7 @@ class NotebookTests(CleanTestCase):
     def test_in_a_notebook(self):
         try:
             import ipykernel  # noqa: F401
-            import nbclient
-            import nbformat
+            import nbclient  # noqa: F401
         except ImportError as error:
             self.skipTest(f"needs {error.name}")
         code = textwrap.dedent("""
@@ -1268,11 +1268,15 @@ class NotebookTests(CleanTestCase):
             for _ in concurry.ProgressBar(range(2), leave=False):
                 pass
         """).format(here=os.path.dirname(os.path.abspath(concurry.__file__)))
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-        nbclient.NotebookClient(notebook, timeout=SAFETY, kernel_name="python3").execute()
-        outputs = [output for output in notebook.cells[0].outputs if output.output_type == "display_data"]
-        shown = [output.data["text/html"] for output in outputs]
-        self.assertEqual([output for output in notebook.cells[0].outputs if output not in outputs], [])
+        result = run_script("""
+            import json, sys, nbclient, nbformat
+            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(sys.argv[1])])
+            nbclient.NotebookClient(notebook, timeout=30, kernel_name="python3").execute()
+            print(json.dumps(notebook.cells[0].outputs))
+        """, code)
+        outputs = json.loads(result.stdout)
+        shown = [output["data"]["text/html"] for output in outputs if output["output_type"] == "display_data"]
+        self.assertEqual([output for output in outputs if output["output_type"] != "display_data"], [])
         self.assertRegex(shown[0], r'&lt;cells&gt; <progress value="3" max="3" style=".*accent-color: green"></progress>'
                                    r'.*100% 3/3 \[00:00, .*, all\]')
         self.assertRegex(shown[1], r'calls <progress value="5" max="5".*100% 5/5')
