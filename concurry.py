@@ -356,6 +356,10 @@ class _Settings:
     def __setattr__(self, name, value):
         self._values[name] = _parse(name, value, _SETTINGS)
 
+    def __repr__(self):
+        told = (f"{name}={value!r}" for name, value in self._current().items())
+        return f"<settings of {self._table}: {', '.join(told)}>"
+
     def __getattr__(self, name):
         if name.startswith("_"):
             raise AttributeError(name)
@@ -404,6 +408,9 @@ class _Config:
         """Return the settings that hold for a mode, here and now, as a dict."""
         return {**self.defaults._current(), **getattr(self, ExecutionMode(mode).value)._current()}
 
+    def __repr__(self):
+        return f"<global_config: {', '.join(vars(self))}>"
+
     def __reduce__(self):
         # What holds here and now travels, for good.
         return _config_of, ({name: settings._current() for name, settings in vars(self).items()},)
@@ -440,6 +447,10 @@ class temp_config:
                     _nearest(full, [f"{each}_{setting}" for each in tables for setting in _SETTINGS])
                 raise ValueError(f"unknown setting {full!r}{hint}")
             self._changes[table, name] = _parse(name, value, _SETTINGS)
+
+    def __repr__(self):
+        told = (f"{table}_{name}={value!r}" for (table, name), value in self._changes.items())
+        return f"temp_config({', '.join(told)})"
 
     def __enter__(self):
         before = _temporary.get()
@@ -747,7 +758,7 @@ def _settle(future, kind, value):
     # Places and counters first: a waiter that submits at once must not find the queue still full.
     call = state.pop("_call", None)
     if call is not None:
-        call.pool.leave(call)
+        call.pool.leave(call, kind)
     outcome = (kind, value)
     gate = state.setdefault("_gate", outcome)
     if gate is not outcome and not (type(gate) is _Gate and _settle_under(gate, future, outcome)):
@@ -2276,6 +2287,7 @@ class _Halt:
 
     def __init__(self, before_waiting=None):
         self.is_set = False
+        self.retried = 0            # how often somebody has waited for his next attempt
         self.bells = set()
         self.before_waiting = before_waiting
 
@@ -2306,6 +2318,7 @@ class _Halt:
         return self.is_set
 
     def _bell(self):
+        self.retried += 1
         if self.before_waiting is not None:
             self.before_waiting()
         bell = _Bell()
@@ -3435,6 +3448,9 @@ class _AsyncAcquire:
     async def __aexit__(self, *exc_info):
         self._acquired.__exit__(*exc_info)
 
+    def __repr__(self):
+        return "<async_acquire: to be awaited>"
+
     __reduce__ = _Acquisition.__reduce__
 
 
@@ -3467,6 +3483,9 @@ class _Free:
     def __await__(self):
         return self
         yield
+
+    def __repr__(self):
+        return "<acquisition of nothing: there are no limits>"
 
 
 class LimitPool:
@@ -3688,6 +3707,7 @@ _BALANCERS = {
 
 # === Calls and runners ===
 
+_now = time.monotonic   # each call asks three times
 _NO_KWARGS = {}         # one for all that wait: the garbage collector looks at each dict again and again
 
 
@@ -3711,6 +3731,8 @@ class _Call:
         self.args = args
         self.kwargs = kwargs or _NO_KWARGS
         self.context = contextvars.copy_context()
+        self.since = _now()           # when it was submitted, or the last future among its arguments was done
+        self.began = None           # when, as far as that is known here
         self.backend = None         # where it was placed
         self.gate = None            # a lock that the thread which submits it sleeps on
         self.watch = None           # while it waits for futures among its arguments
@@ -4045,7 +4067,20 @@ def _carry_out(runner, call):
     """Run the call in this thread and settle its future, unless it was cancelled."""
     context = call.context              # None if it has been settled
     if context is not None and call.future._begin():
+        call.began = _now()
         _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
+
+
+class _Tally:
+    """What has become of the calls of a worker. No lock: since Python 3.10 no thread comes into the middle of a +=."""
+
+    def __init__(self):
+        self.done = self.failed = self.cancelled = self.retried = self.deaths = 0
+        self.running = self.waiting = 0.0       # seconds
+
+    def add(self, other):
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 # === Backends: sync, thread, asyncio ===
@@ -4095,6 +4130,7 @@ class _Backend:
         self.name = f"{pool.name}-{index}"
         self.calls = {}                 # placed here and not settled, in order
         self.total = 0                  # ever placed here
+        self.tally = _Tally()
         self.runner = None
         self.halt = _Halt()
         self.started = BaseFuture()
@@ -4143,6 +4179,14 @@ class _Backend:
         """Tell whether waiting in this thread would stall the calls that run."""
         return False
 
+    def where(self):
+        """Return in words which worker this is."""
+        return self.name
+
+    def stacks(self):
+        """Yield texts that tell where its threads are."""
+        yield from ()
+
     def _build(self, *args):
         """Make the runner and settle `started`; tell whether the constructor returned."""
         try:
@@ -4152,6 +4196,38 @@ class _Backend:
             return False
         _settle(self.started, _RESULT, None)
         return True
+
+
+def _stacks(threads):
+    """Yield the lines of the stacks of this process's threads of these numbers."""
+    frames = sys._current_frames()
+    for frame in map(frames.get, threads):
+        stack = []
+        while frame is not None:
+            stack.insert(0, frame)
+            frame = frame.f_back
+        yield from _shown_stack(stack)
+
+
+def _frames_of(coroutine):
+    """Yield the frames of a coroutine that waits, and of what it waits for."""
+    while coroutine is not None:
+        for kind in ("cr", "gi", "ag"):
+            if getattr(coroutine, f"{kind}_frame", None) is not None:
+                yield getattr(coroutine, f"{kind}_frame")
+                coroutine = getattr(coroutine, f"{kind}_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+                break
+        else:
+            return
+
+
+def _shown_stack(frames):
+    """Yield the lines of a stack, without those of this module and of what carries it."""
+    import traceback
+    for frame in frames:
+        name = frame.f_code.co_filename
+        if name not in (__file__, threading.__file__) and "/asyncio/" not in name and "/selectors.py" not in name:
+            yield from traceback.format_list(list(traceback.extract_stack(frame, 1)))
 
 
 def _start_error(error, backend):
@@ -4214,6 +4290,9 @@ class _SyncBackend(_Backend):
     def calls_here(self):
         return [call for call in list(self.inside) if self.inside.get(call) == threading.get_ident()]
 
+    def stacks(self):
+        return _stacks(list(self.inside.values()))
+
 
 class _ThreadBackend(_Backend):
     """One thread that takes calls from a queue.
@@ -4235,6 +4314,9 @@ class _ThreadBackend(_Backend):
 
     def is_here(self):
         return self.thread is threading.current_thread()
+
+    def stacks(self):
+        return _stacks([self.thread.ident])
 
     def _main(self):
         _here.is_ours = True
@@ -4295,6 +4377,7 @@ class _OnDemandThreadBackend(_ThreadBackend):
         except BaseException as error:
             outcome = _ERROR, _start_error(_without_our_frame(error), self)
         else:
+            call.began = _now()
             outcome = context.run(runner.outcome, call, call.method, call.args, call.kwargs)
             if not keeps:
                 runner.close()
@@ -4349,6 +4432,13 @@ class _AsyncioBackend(_Backend):
     def stalls_here(self):
         return threading.current_thread() is self.thread
 
+    def stacks(self):
+        yield from _stacks([self.thread.ident, self.companion.ident])
+        for call in list(self.calls):
+            if call.task is not None:
+                yield f"  in the coroutine {call.method}:"
+                yield from _shown_stack(_frames_of(call.task.get_coro()))
+
     def _to_loop(self, call):
         self.inbox.append(call)
         if not self.is_woken:
@@ -4366,6 +4456,7 @@ class _AsyncioBackend(_Backend):
             else:
                 context = call.context
                 if context is not None and call.future._begin():
+                    call.began = _now()
                     # In the context of the submitter; the task copies it.
                     call.task = context.run(self.loop.create_task, self._drive(
                         call, self.runner.outcome_async, call.method, call.args, call.kwargs))
@@ -4449,6 +4540,7 @@ class _AsyncioBackend(_Backend):
         if call.steps is None:
             if not call.future._begin():
                 return
+            call.began = _now()
             if self.runner.retries:
                 call.steps = self.runner.attempts(call.method, call.args, call.kwargs)
             if call.steps is not None:
@@ -6046,9 +6138,9 @@ _INDEX = struct.Struct("<I")            # of the worker in its pool: what it rec
 # Kinds of message: to the worker ...
 _PLACE, _RECIPE, _SHARED, _FORGET, _VALUES, _CALL = range(6)
 # ... from it, ...
-_BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETURNED, _RAISED, _NOT_LOADED = range(6, 13)
+_BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETRIED, _RETURNED, _RAISED, _NOT_LOADED = range(6, 14)
 # ... and to it on its second socket.
-_VERDICT = 13
+_VERDICT = 14
 
 
 def _message(kind, portable, number=0):
@@ -6174,6 +6266,17 @@ _QUICK = 500            # microseconds: workers whose calls take less get calls 
 _AHEAD = 16             # ... so many: they cannot be cancelled any more, but save waiting for each
 _STARTS = 3             # in a row that failed, and the worker is given up
 
+_DUMP_TIMEOUT = 1.0     # seconds: what has not begun to write them by then does not run
+_DUMP_PAUSE = 0.1       # seconds without more of it: that was all, for nothing tells its end
+_OUR_LINES = f'  File "{_FILE}"', f'  File "{threading.__file__}"'      # that tell nobody anything
+
+
+def _dump_signal():
+    """Return the signal at which a worker process writes its stacks to the lane: one of the kernel's spare ones."""
+    import signal
+    return signal.SIGRTMAX - 1 if sys.platform == "linux" else None
+
+
 # The worker's side
 
 class _Place:
@@ -6250,6 +6353,9 @@ def _worker_main(connection):
         os.set_inheritable(lane, False)
         _worker_index, = _INDEX.unpack(index)
         _upstream = _Upstream(connection, _own(socket.socket(fileno=lane)))
+        if _dump_signal():
+            import faulthandler
+            faulthandler.register(_dump_signal(), lane)
         *_, data, buffers = _receive(connection)
         _settle_in(*_loads(data, buffers))
         kind, _, data, buffers = _receive(connection)
@@ -6303,6 +6409,9 @@ def _serve(connection, runner):
     if kind == _CALL:
         began = time.perf_counter()
         answer = _answer(runner, shared, data, buffers)
+        if runner.halt.retried:
+            retried, runner.halt.retried = runner.halt.retried, 0
+            _upstream.send(_message(_RETRIED, (b"", []), retried))
         _upstream.send(_message(*answer, int((time.perf_counter() - began) * 1e6)))
     elif kind == _VALUES:
         _Place.values = data, buffers       # loaded with the call, which has begun then
@@ -6790,11 +6899,14 @@ class _ProcessBackend(_Backend):
             _Guest.take(link, self.reader, *_pickle().loads(data))
         elif kind == _PROGRESS:
             link.show(*_pickle().loads(data))
+        elif kind == _RETRIED:
+            self.halt.retried += took
         elif kind >= _RETURNED:
             if not link.sent:
                 raise ValueError("an answer to no call")
             call, _ = link.sent.popleft()
             link.has_begun = True
+            call.began = _now() - took / 1e6
             self.failures = 0
             self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
             if self.killed:
@@ -6881,6 +6993,8 @@ class _ProcessBackend(_Backend):
             self._fail(call, self.stopped(call, self.killed, bool(call.deaths)))
         if begun:
             self.failures = 0
+        if begun or not self.is_finishing:
+            self.tally.deaths += 1
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
 
     def _may_run_again(self, call):
@@ -6973,6 +7087,34 @@ class _ProcessBackend(_Backend):
                 self.link.connection.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
+
+    def where(self):
+        return f"{self.name} (pid {self.link.process.pid})" if self.link else f"{self.name} (no process)"
+
+    def stacks(self):
+        """Have the process tell where it is, and yield that."""
+        link, text, timeout = self.link, "", _DUMP_TIMEOUT
+        if link is None or not link.is_built or not _dump_signal():
+            return
+        link.process.kill(_dump_signal())
+        try:
+            while _readable(link.lane.connection.fileno(), timeout=timeout):
+                data = link.lane.connection.recv(1 << 16)
+                if not data:
+                    break
+                text += data.decode(errors="replace")
+                timeout = _DUMP_PAUSE
+        except (OSError, ValueError):       # it is dead, or has been buried meanwhile
+            pass
+        for thread in text.split("\n\n"):
+            head, *lines = thread.splitlines() or [""]
+            lines = [line for line in lines if not line.startswith(_OUR_LINES)]
+            if lines and lines[-1].startswith('  File "<string>"'):     # where the interpreter began
+                del lines[-1]
+            if lines:
+                yield "\n".join([f"  {head}", *lines])
+        if not text:
+            yield "  it does not answer: it is stopped, or about to end"
 
     def kill(self, why):
         """Fail what has not been sent, now; the rest waits for the worker's death, which tells how far it was."""
@@ -7755,6 +7897,7 @@ class _RayBackend(_Backend):
             _settle(call.future, _ERROR, _start_error(_load_error(*_pickle().loads(packed)), self))
             return
         self.has_begun, self.failures = True, 0
+        call.began = _now() - took / 1e6
         self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
         if kind == _RETURNED:
             _settle(call.future, _RESULT, _Remote(call.method, packed) if packed else _Remote(call.method, None, ref))
@@ -7827,6 +7970,7 @@ class _RayBackend(_Backend):
                 way.mourn(actor._actor_id.hex(), self.process if is_restarted else None)
         if actor is not self.actor:
             return
+        self.tally.deaths += not self.is_finishing
         if is_restarted and not self.is_finishing:
             logger.warning("the actor of %s (pid %s) died: its state is lost, Ray restarts it", self.name, self.pid)
             self.pool.restarts += 1
@@ -8666,6 +8810,7 @@ class _Pool:
         self.chores = collections.deque()       # what else is for the one who places to do
         self.turn = {}                  # "is": whose turn it is to place, a list of his thread
         self.dispatched = 0
+        self.tally = _Tally()           # of calls that no worker has had, and of workers that are gone
         self.restarts = 0
         self.is_stopped = False
         self.closed = None              # why no call is taken any more, in words
@@ -8769,7 +8914,7 @@ class _Pool:
             if future.done() and _has_no_result(future):
                 _fail_dependent(call.future, *_outcome_of(future))
                 return
-        call.watch = None
+        call.watch, call.since = None, _now()
         try:
             if self.prepares:
                 self.kind.complete(call, [self.kind.value_of(future) for future in futures])
@@ -8888,7 +9033,7 @@ class _Pool:
         self.backends = [*self.backends, backend]
         return backend
 
-    def leave(self, call):
+    def leave(self, call, kind):
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
         self.calls.pop(call, None)
         call.args = call.kwargs = call.context = None       # which holds the call
@@ -8896,6 +9041,18 @@ class _Pool:
             call.message = None
             call.dependencies = ()      # what lies in Ray's store for it
         backend = call.backend
+        tally = self.tally if backend is None else backend.tally
+        if kind is _RESULT:
+            tally.done += 1
+        elif kind is _ERROR:
+            tally.failed += 1
+        else:
+            tally.cancelled += 1
+        began = call.began
+        if began is not None:
+            took = _now() - began
+            tally.running += took
+            tally.waiting += began - call.since
         if backend is not None:
             backend.calls.pop(call, None)
             if self.on_demand and not backend.calls:
@@ -8921,7 +9078,11 @@ class _Pool:
 
     def _remove(self, backend):
         # A new list: others may be reading the old one.
+        if backend not in self.backends:
+            return
         self.backends = [other for other in self.backends if other is not backend]
+        backend.tally.retried = backend.halt.retried
+        self.tally.add(backend.tally)
 
     def lose(self, backend, error):
         """Give up a worker that cannot be started: the others take over, or all fails with this error."""
@@ -8931,11 +9092,11 @@ class _Pool:
     def _lose(self, backend, error, refused):
         self._remove(backend)
         calls = list(backend.calls)
+        for call in calls:
+            call.backend = None
         if self.on_demand:
             refused.extend((call, error) for call in calls)
             return
-        for call in calls:
-            call.backend = None
         self.backlog.extendleft(reversed(calls))
         backend.calls.clear()
         if not self.backends:
@@ -9064,6 +9225,37 @@ class _Pool:
                               **self.balancer.stats(self.backends)},
         }
 
+    def tallies(self):
+        """Return what has become of all calls, and by worker."""
+        total, workers, calls = _Tally(), {}, list(self.calls)
+        total.add(self.tally)
+        for backend in list(self.backends):
+            backend.tally.retried = backend.halt.retried
+            total.add(backend.tally)
+            workers[backend.name] = self._told(backend.tally, list(backend.calls))
+        return {**self._told(total, calls), "workers": workers}
+
+    def _told(self, tally, calls):
+        running = sum(call.future.running() for call in calls)
+        is_told = self.options.mode is not ExecutionMode.Ray        # whose actors do not count their retries
+        return {"done": tally.done, "failed": tally.failed, "cancelled": tally.cancelled, "running": running,
+                "queued": len(calls) - running, "retried": tally.retried if is_told else None, "deaths": tally.deaths,
+                "time_running": tally.running, "time_waiting": tally.waiting}
+
+    def dump(self, file):
+        """Print where each worker is."""
+        for backend in list(self.backends):
+            calls = [call for call in list(backend.calls) if call.future.running()]
+            now = time.monotonic()
+            doing = ", ".join(f"{call.method}() for {now - call.began:.1f} s" if call.began else f"{call.method}()"
+                              for call in calls)
+            print(f"{backend.where()}: {doing or 'idle'}", file=file)
+            for text in backend.stacks() if calls else ():
+                print(text.rstrip("\n"), file=file)
+        waiting = sum(call.backend is None for call in list(self.calls))
+        if waiting:
+            print(f"{self.name}: {waiting} calls wait for a worker, or for futures among their arguments", file=file)
+
 
 def _finish_all():
     """Finish what was submitted anywhere: the interpreter is about to exit, the daemons still run."""
@@ -9165,6 +9357,26 @@ class _Handle:
     def get_pool_stats(self):
         """Return a dict: workers, restarts, calls dispatched and how they are spread."""
         return self._pool.stats()
+
+    def stats(self):
+        """Return what has become of the calls, as a dict; under "workers" the same by the name of each that is there.
+
+        done, failed, cancelled: calls that have ended; running, queued: those that have not (a call that
+            was sent to a quick process ahead of its turn counts as running).
+        retried: further attempts; None in ray mode. deaths: of processes or actors, unless they were stopped.
+        time_running, time_waiting: seconds, in all, of the calls that have ended: from their beginning to their end,
+            and from their submission (the end of the last future among their arguments) to their beginning.
+        """
+        return self._pool.tallies()
+
+    def dump(self, file=None):
+        """Print where each worker is now, to a text file (None: standard error): the answer to "where does it hang?".
+
+        Of worker threads and event loops it is the stack of what runs; of worker processes that of all their
+        threads, by faulthandler, also while C code holds the interpreter (on Linux). Ray's actors are asked by
+        `ray stack`.
+        """
+        self._pool.dump(file or sys.stderr)
 
     def __enter__(self):
         return self

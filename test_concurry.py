@@ -13,6 +13,7 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -5084,6 +5085,206 @@ class ExecutorTests:
 
 
 over_modes(globals(), [ExecutorTests])
+
+
+# === Looking inside ===
+
+class StatsTests:
+    """What `stats` counts."""
+
+    def counts(self, handle, *names):
+        stats = handle.stats()
+        return tuple(stats[name] for name in names or ("done", "failed", "cancelled", "running", "queued"))
+
+    def test_what_becomes_of_calls(self):
+        worker = self.make(Counter)
+        gather([worker.add(1) for _ in range(4)])
+        self.assertIsInstance(worker.fail(KeyError("x")).exception(SAFETY), KeyError)
+        until(lambda: self.counts(worker) == (4, 1, 0, 0, 0))
+        stats = worker.stats()
+        self.assertEqual(list(stats["workers"]), ["Counter-0"])
+        self.assertEqual(stats.pop("workers")["Counter-0"], stats)
+        self.assertGreater(stats["time_running"], 0)
+        self.assertGreaterEqual(stats["time_waiting"], 0)
+        self.assertEqual((stats["retried"], stats["deaths"]), (None if self.mode == "ray" else 0, 0))
+
+    def test_retries_are_counted(self):
+        with self.make(TaskWorker, num_retries=3, retry_wait=0) as pool:
+            self.assertIsInstance(pool.submit(square, "x").exception(SAFETY), TypeError)
+            self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+            if self.mode != "ray":
+                until(lambda: self.counts(pool, "done", "failed", "retried") == (1, 1, 3))
+            self.assertEqual(pool.stats()["deaths"], 0)
+
+    def test_a_name_of_the_users_class_wins(self):
+        self.assertEqual(self.make(Inspected).stats().result(SAFETY), "my own")
+
+
+class Inspected(Worker):
+    def stats(self):
+        return "my own"
+
+
+over_modes(globals(), [StatsTests])
+
+
+class PoolStatsTests:
+    """Of calls that wait, of workers that are made and unmade."""
+
+    def test_running_and_queued(self):
+        started, go = self.flag(), self.flag()
+        pool = self.make(Counter, max_workers=2, max_queued_tasks=None)
+        held = [pool.hold(started, go) for _ in range(2)]
+        until(lambda: started.count() or True)
+        more = [pool.add() for _ in range(5)]
+        until(lambda: pool.stats()["running"] >= 2)
+        if self.mode != "ray":                      # where calls are handed over ahead of their turn
+            self.assertEqual([pool.stats()[name] for name in ("running", "queued")], [2, 5])
+            self.assertTrue(more[-1].cancel())
+            self.assertEqual([pool.stats()[name] for name in ("cancelled", "queued")], [1, 4])
+        else:
+            more[-1].cancel()
+        go.set()
+        concurry.wait([*held, *more], SAFETY)
+        until(lambda: pool.stats()["done"] + pool.stats()["cancelled"] == 7)
+        self.assertEqual(sum(worker["done"] for worker in pool.stats()["workers"].values()), pool.stats()["done"])
+
+    def test_of_workers_that_are_gone(self):
+        pool = self.make(Counter, on_demand=True, max_workers=2)
+        gather([pool.add() for _ in range(4)])
+        pool.fail(KeyError()).exception(SAFETY)
+        until(lambda: not pool.stats()["workers"])
+        self.assertEqual((pool.stats()["done"], pool.stats()["failed"]), (4, 1))
+
+
+over_modes(globals(), [PoolStatsTests], ["thread", "process", "ray"])
+
+
+class InsideTests(CleanTestCase):
+    def test_times(self):
+        now = itertools.count()                     # a second passes whenever somebody looks
+        with unittest.mock.patch.object(concurry, "_now", lambda: float(next(now))):
+            worker = self.start(Counter, mode="sync")
+            worker.add()
+            stats = worker.stats()
+        self.assertEqual((stats["time_waiting"], stats["time_running"]), (1.0, 1.0))
+
+    def test_deaths(self):
+        worker = self.start(Counter, mode="process")
+        with self.assertLogs("concurry", "WARNING"):
+            self.assertIsInstance(self.start(TaskWorker, mode="process").submit(os._exit, 3).exception(SAFETY),
+                                  WorkerDiedError)
+            pid = self.pid_of(worker)
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: worker.stats()["deaths"] == 1)
+            self.assertNotEqual(self.pid_of(worker), pid)
+        worker.stop()
+        self.assertEqual((worker.stats()["deaths"], worker.stats()["failed"]), (1, 0))
+
+    def pid_of(self, worker):
+        return worker._pool.backends[0].link.process.pid if worker.add().result(SAFETY) else None
+
+    def dumped(self, handle):
+        file = io.StringIO()
+        handle.dump(file)
+        return file.getvalue()
+
+    def test_dump_of_threads(self):
+        started, go = threading.Event(), threading.Event()
+        pool = self.start(Counter, mode="thread", max_workers=2, max_queued_tasks=1)
+        held = [pool.hold(started, go)]
+        started.wait(SAFETY)
+        text = self.dumped(pool)
+        self.assertRegex(text, r"^Counter-0: hold\(\) for \d+\.\d s\n")
+        self.assertRegex(text, r'File ".*test_concurry.py", line \d+, in hold\n +go.wait\(\)\n')
+        self.assertRegex(text, r"\nCounter-1: idle\n$")
+        self.assertNotIn("concurry.py\"", text.replace("test_concurry.py", ""))
+        held += [pool.hold(started, go)]
+        waiting = pool._pool.submit("add", (Counter,), {"n": BaseFuture()})
+        self.assertIn("\nCounter: 1 calls wait for a worker, or for futures among their arguments\n", self.dumped(pool))
+        waiting.cancel()
+        go.set()
+        gather(held)
+
+    def test_dump_of_processes(self):
+        started, go = self.flag(), self.flag()
+        for method in ("forkserver", "spawn", "fork"):
+            pool = self.start(Counter, mode="process", max_workers=2, mp_context=method)
+            held = pool.hold(started, go)
+            started.wait()
+            for _ in range(2):
+                text = self.dumped(pool)
+                self.assertRegex(text, r"^Counter-0 \(pid \d+\): hold\(\)\n  (Current t|T)hread .*\n")
+                self.assertRegex(text, r'\n  File ".*test_concurry.py", line \d+ in hold\n')
+                self.assertRegex(text, r"\nCounter-1 \(pid \d+\): idle\n$")
+                self.assertNotIn("concurry.py\"", text.replace("test_concurry.py", ""))
+            started.count()
+            go.set()
+            self.assertEqual(held.result(SAFETY), "held")
+            self.assertEqual(pool.add().result(SAFETY), 1)       # the verdicts' socket is none the worse
+            go.count()
+            pool.stop()
+
+    def test_dump_of_a_process_that_is_stopped(self):
+        started, go = self.flag(), self.flag()
+        worker = self.start(Counter, mode="process")
+        held = worker.hold(started, go)
+        started.wait()
+        pid = worker._pool.backends[0].link.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        self.assertRegex(self.dumped(worker), r"hold\(\)\n  it does not answer: it is stopped")
+        os.kill(pid, signal.SIGCONT)
+        go.set()
+        self.assertEqual(held.result(SAFETY), "held")
+
+    def test_dump_of_an_event_loop(self):
+        worker = self.start(Waiting, mode="asyncio")
+        go = threading.Event()
+        calls = [worker.outer(), worker.plain(go)]
+        until(lambda: worker.stats()["running"] == 2)
+        until(lambda: "in inner" in self.dumped(worker))
+        text = self.dumped(worker)
+        self.assertRegex(text, r"^Waiting-0: (outer\(\) for .* s, plain\(\)|plain\(\) for .* s, outer\(\)) for .* s\n")
+        self.assertRegex(text, r"in plain\n +go.wait\(\)\n  in the coroutine outer:\n.*in outer\n.*\n.*in inner\n")
+        go.set()
+        calls[0].cancel()
+        calls[1].result(SAFETY)
+
+    def test_dump_in_sync_mode(self):
+        worker = self.start(Counter, mode="sync")
+        started, go = threading.Event(), threading.Event()
+        call = in_thread(worker.hold, started, go)
+        started.wait(SAFETY)
+        self.assertRegex(self.dumped(worker), r"^Counter-0: hold\(\) for .* s\n(.*\n)*.*in hold\n +go.wait\(\)\n")
+        go.set()
+        call.result(SAFETY)
+
+    def test_reprs(self):
+        """Of whatever a debugger meets: its own name, and what matters."""
+        limits = LimitSet([ResourceLimit("slots", 2)], config={"account": "a"})
+        handle = self.start(Counter, mode="thread", max_workers=2)
+        for thing, texts in (
+                (handle, ["Counter", "thread", "2 of 2 workers", " calls>"]), (handle.add(), ["Counter.add"]),
+                (Counter.options(mode="sync"), ["Counter", "sync"]), (task(square, mode="sync"), ["square", "sync"]),
+                (limits, ["slots", "2"]), (limits.acquire(), ["slots", "held"]), (LimitPool([limits]), ["slots", "round_robin"]),
+                (limits.async_acquire(), ["async_acquire"]), (RetryConfig(num_retries=3), ["num_retries=3"]),
+                (global_config, ["thread", "process"]), (global_config.thread, ["thread", "max_workers=24"]),
+                (temp_config(global_num_retries=3), ["global_num_retries=3"]), (LimitSet().acquire(), ["nothing"]),
+                (ProgressBar(total=3, disable=True), ["0 of 3"]), (CallLimit(3, "minute"), ["CallLimit", "60"])):
+            for text in texts:
+                self.assertIn(text, repr(thing))
+            self.assertNotIn(" object at 0x", repr(thing))
+
+
+class Waiting(Worker):
+    async def outer(self):
+        await self.inner()
+
+    async def inner(self):
+        await asyncio.get_running_loop().create_future()
+
+    def plain(self, go):
+        go.wait()
 
 
 # === Limits of workers ===
