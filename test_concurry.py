@@ -480,7 +480,7 @@ class ModuleTests(CleanTestCase):
 
     def test_examples_in_docstrings(self):
         import doctest
-        self.assertEqual(doctest.testmod(concurry), (0, 6))
+        self.assertEqual(doctest.testmod(concurry), (0, 8))
 
     def test_import_is_cheap(self):
         heavy = "asyncio", "multiprocessing", "sqlite3", "inspect", "subprocess", "ray"
@@ -10186,7 +10186,7 @@ class RaceTests(CleanTestCase):
             lock = held_lock()
             future = call.future
             future.__dict__.pop("_call")
-            inner.leave(call)
+            inner.leave(call, concurry._CANCELLED)
             return lock
         with unittest.mock.patch.object(concurry, "_held_lock", cancelled_here):
             future = pool.submit(abs, -1)
@@ -10662,6 +10662,14 @@ class CommandLineTests(ProgramCase):
         self.assertEqual(output, "2\n3\n")
         self.assertRegex(errors, "line 2: WorkerDiedError: .*exit code 3")
 
+    def misused(self, *words):
+        """Return what is said of these words, here; the test is that the status would be 2."""
+        with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()) as output, \
+                unittest.mock.patch.object(sys, "path", sys.path[:]), self.assertRaises(SystemExit) as ended:
+            concurry.main(["map", *words])
+        self.assertEqual((ended.exception.code, output.getvalue()), (2, ""))
+        return errors.getvalue()
+
     def test_misuse(self):
         for words, text in (([], "CALLABLE or -e"), (["nothing"], "module:name"), (["no_such_module:f"], "no_such_module"),
                             (["math:no_such"], "no_such"), (["math:pi"], "not callable"), (["-e", "1 +"], "<expression>"),
@@ -10669,16 +10677,13 @@ class CommandLineTests(ProgramCase):
                             (["math:sqrt", "--max-workers", "none"], "max_workers"), (["math:sqrt", "--no-such"], "no-such"),
                             (["math:sqrt", "--mode=sync", "--max-workers=2"], "exactly one worker")):
             with self.subTest(words=words):
-                output, errors = self.map(*words, status=2)
-                self.assertEqual(output, "")
-                self.assertIn(text, errors)
-                self.assertNotIn("Traceback", errors)
+                self.assertIn(text, self.misused(*words))
         ended = subprocess.run([sys.executable, SOURCE], capture_output=True, timeout=SAFETY)
         self.assertEqual(ended.returncode, 2)
         for limit in ("100", "0/minute", "5/fortnight", "x/second", "5/0"):
-            self.assertIn("write it as 100/minute", self.map("math:sqrt", "--limit", limit, status=2)[1])
-        self.assertIn("num_retries='some'", self.map("math:sqrt", "--retries", "some", status=2)[1])
-        self.assertIn("'no_such_name' is neither", self.map("-e", "no_such_name(x)", status=2)[1])
+            self.assertIn("write it as 100/minute", self.misused("math:sqrt", "--limit", limit))
+        self.assertIn("num_retries='some'", self.misused("math:sqrt", "--retries", "some"))
+        self.assertIn("'no_such_name' is neither", self.misused("-e", "no_such_name(x)"))
 
     def test_help(self):
         """A screen of 24 lines of 80, with each option and three commands."""
@@ -10695,14 +10700,17 @@ class CommandLineTests(ProgramCase):
 
     def test_expressions_find_their_modules(self):
         folder = self.folder()
-        self.write(folder, mine="factor = 3", json="raise ImportError('an attribute is no module')")
+        self.write(folder, mine="factor = 3", factor="raise ImportError('an attribute is no module')")
+        self.addCleanup(sys.modules.pop, "mine")
         for expression, result in (
                 ("hashlib.sha256(x.encode()).hexdigest()[:4]", "ef2d"), ("mine.factor * int(x)", "15"),
                 ("os.path.join(x, 'b')", "5/b"), ("xml.etree.ElementTree.Element(x).tag", "5"),
                 ("urllib.parse.quote(x + '/')", "5/"), ("max([random for random in x])", "5"),
                 ("(lambda copy: copy + x)('a')", "a5"), ("(y := int(x)) + y", "10"), (" len(x) ", "1"),
-                ("[collections.Counter(x)[y] for y in x]", "[1]"), ("types.SimpleNamespace(json=x).json", "5")):
-            self.assertEqual(self.map("-e", expression, text="5", folder=folder), (result + "\n", ""), expression)
+                ("[collections.Counter(x)[y] for y in x]", "[1]"), ("types.SimpleNamespace(factor=x).factor", "5")):
+            with unittest.mock.patch.object(sys, "path", [folder, *sys.path]):
+                self.assertEqual(str(pickle.loads(pickle.dumps(concurry._Expression(expression)))("5")), result, expression)
+        self.assertEqual(self.map("-e", "xml.etree.ElementTree.Element(x).tag", text="5"), ("5\n", ""))
         self.assertIn("AttributeError", self.map("-e", "os.no_such(x)", text="5", status=1)[1])
 
     def test_json(self):
@@ -10729,11 +10737,13 @@ class CommandLineTests(ProgramCase):
                 return f"{x} {seen[x]}"
         ''')
         one = ("mod:unsteady", "--max-workers=1")
-        output, errors = self.map(*one, "--retries", "1", text="a\nb\n", folder=folder)
+        code = f"import sys; sys.path.append({FOLDER!r}); import concurry; concurry.global_config.defaults.retry_wait = 0; " \
+               "sys.exit(concurry.main())"
+        output, errors = self.map(*one, "--retries", "1", text="a\nb\n", folder=folder, command=("-c", code))
         self.assertEqual((output, errors), ("a 2\nb 2\n", ""))
         self.assertIn("OSError", self.map(*one, text="a\n", folder=folder, status=1)[1])
         # Of a window that does not end here there are two calls.
-        for mode in ("process", "thread", "asyncio"):
+        for mode in ("process",):
             program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", "x", "--mode", mode, "--limit", "2/day", "--max-workers=1"],
                               start_new_session=True)
             for text in "abc":
