@@ -41,7 +41,7 @@ __all__ = [
     "as_completed", "async_gather", "async_wait", "gather", "global_config", "task", "temp_config", "wait",
     "worker", "wrap_future",
 ]
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 import atexit
 import bisect
@@ -659,13 +659,16 @@ class BaseFuture(concurrent.futures.Future):
     def result(self, timeout=None):
         """Return the call's result, waiting at most `timeout` seconds for it (None: for ever).
 
-        Raises what the call raised; TimeoutError when the time is over; CancelledError.
+        Raises what the call raised; TimeoutError when the time is over; CancelledError; RuntimeError instead of
+        waiting for ever where the call cannot begin before this very code has ended: it has the same worker.
         """
         kind, value = self._outcome or self._wait(timeout)
         if kind is _RESULT:
             return value
+        if kind is _CANCELLED:
+            value = concurrent.futures.CancelledError()
         try:
-            raise concurrent.futures.CancelledError() if kind is _CANCELLED else value
+            raise value
         finally:
             del self, value         # the traceback would keep the future alive, and the future it
 
@@ -699,6 +702,8 @@ class BaseFuture(concurrent.futures.Future):
 
     def _wait(self, timeout):
         """Sleep until the outcome is there, and return it."""
+        if timeout is None and _here.is_ours:
+            _refuse_to_wait_for_own([self])
         if timeout is None or _number_of_seconds(timeout) > 0:
             lock, is_awake = _held_lock(), False
             _attend(self, "_wakers", lock)
@@ -709,7 +714,8 @@ class BaseFuture(concurrent.futures.Future):
                     _leave(self, lock)
         outcome = self._outcome
         if outcome is None:
-            raise _timeout(f"the call has not ended within {timeout} seconds")
+            call = self.__dict__.get("_call")
+            raise _timeout(f"the call {f'{call} ' if call else ''}has not ended within {timeout} seconds; it goes on")
         return outcome
 
     # What an executor calls, and a test that plays one.
@@ -728,7 +734,7 @@ class BaseFuture(concurrent.futures.Future):
 
     def _set(self, kind, value):
         if not _settle(self, kind, value):
-            raise concurrent.futures.InvalidStateError(f"{self!r} is settled")
+            raise concurrent.futures.InvalidStateError(f"this future has its outcome already: {self!r}")
 
     def _begin(self, claim=None):
         """Claim the call for a worker; True once, or each time for the same claim."""
@@ -750,6 +756,16 @@ class BaseFuture(concurrent.futures.Future):
         import pickle
         raise pickle.PicklingError("a future cannot travel to another process: pass it as an argument "
                                    "with unwrap_futures, or its result")
+
+
+def _refuse_to_wait_for_own(futures):
+    """Raise a RuntimeError for a call that cannot begin before the one that waits for it, on this thread, has ended."""
+    for future in futures:
+        call = future.__dict__.get("_call") if isinstance(future, BaseFuture) else None
+        if call is not None and call.pool.is_stuck_here(call):
+            raise _own_error(RuntimeError(
+                f"to wait here for the call {call} would be for ever: its worker is the one that waits, and does one "
+                f"call at a time; call the method itself, or have the other call made by another worker"))
 
 
 def _settle(future, kind, value):
@@ -1676,7 +1692,7 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=None):
     `fs` holds futures of any kind; `timeout` is in seconds, None: for ever. Returns the named tuple
     (done, not_done) of sets, as concurrent.futures.wait does; a timeout is not an error. In them a Ray
     ObjectRef is the future of `wrap_future`. RuntimeError for an asyncio future of the loop that runs
-    in this thread.
+    in this thread, and instead of waiting for ever: see BaseFuture.result.
 
     progress: True for a ProgressBar, or a dict of its options, or one of yours, which is moved and not ended; or a
         function that is called with (done, total, elapsed seconds), ten times a second at most and at the end,
@@ -1685,6 +1701,8 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=None):
     fs = set(_wrap_refs(_several(fs)))
     for future in fs:
         _check_waitable(future)
+    if timeout is None and return_when == ALL_COMPLETED and _here.is_ours:
+        _refuse_to_wait_for_own(fs)
     return _run(_tracking(_settled_of(fs, ReturnWhen(return_when)), progress, fs), timeout)
 
 
@@ -1873,6 +1891,8 @@ def gather(*fs, return_exceptions=False, iter=False, timeout=None, progress=None
         return gathering.shaped(values)
     for future in gathering.find().futures:
         _check_waitable(future)
+    if timeout is None and not iter and _here.is_ours:
+        _refuse_to_wait_for_own(gathering.futures)
     steps = _tracking(gathering.pairs() if iter else gathering.collect(timeout), progress, gathering.futures)
     return _finished(steps, timeout, _deadline(timeout)) if iter else _run(steps, timeout)
 
@@ -2855,6 +2875,7 @@ class _Ticket:
     due = math.inf              # when the first in line may be granted, if this one has to look to it
     usage = None                # amounts really used, by key, as far as they have been told
     counted = None              # the `usage` that has been taken into account
+    owner = None                # the thread that is within its `with` block
     home = number = None        # where it is away, and what it is known by on its way there
     answer = None               # what came back beside the verdict: a reason, or statistics
 
@@ -3162,7 +3183,8 @@ class LimitSet:
         timeout: seconds to wait at most, then TimeoutError is raised and nothing was taken; None: no end.
 
         Raises ValueError at once for more than a capacity; RuntimeError where waiting would stall an
-        event loop: there `async_acquire` waits.
+        event loop: there `async_acquire` waits; and where it would be for ever, for this thread itself is within
+        a `with` block that holds the resource (as far as that is known: in the process where the set was made).
         """
         if not self._limits:
             return self._free
@@ -3267,6 +3289,8 @@ class LimitSet:
                                "answers of worker processes: acquire in the call itself, or submit one that does")
         if _would_stall() and (timeout is None or timeout > 0):
             raise _own_error(RuntimeError(_STALLS))
+        if timeout is None and not home.is_far:
+            self._refuse_to_wait_for_own(home, ticket)
         ticket.bell = _Bell()
         for seconds in self._steps(home, ticket, timeout):
             ticket.bell.sleep(seconds)
@@ -3283,6 +3307,17 @@ class LimitSet:
         except BaseException:
             _drop(home, ticket)
             raise
+
+    def _refuse_to_wait_for_own(self, home, ticket):
+        """Raise a RuntimeError where what this thread holds itself, by `with`, will never be free."""
+        with home.lock:
+            mine = [held.wants for held in home.held if held.owner == threading.get_ident()]
+        for key, n in ticket.wants.items():
+            limit, own = self._limits[key], sum(wants.get(key, 0) for wants in mine)
+            if isinstance(limit, ResourceLimit) and own + n > limit.capacity:
+                raise _own_error(RuntimeError(
+                    f"to wait here for {n} of {key!r} would be for ever: this thread itself holds {own} of "
+                    f"{limit.capacity}, in a `with` block around this; acquire all of it there, or less here"))
 
     @staticmethod
     def _timeout(ticket, timeout):
@@ -3386,6 +3421,7 @@ class _Acquisition:
             self.__class__ = _Acquisition
 
     def __enter__(self):
+        self._ticket.owner = threading.get_ident()
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -4179,6 +4215,10 @@ class _Backend:
         """Tell whether waiting in this thread would stall the calls that run."""
         return False
 
+    def is_stuck_here(self, call):
+        """Tell whether a call of this worker cannot begin, or go on, while this thread waits for it."""
+        return False
+
     def where(self):
         """Return in words which worker this is."""
         return self.name
@@ -4315,6 +4355,9 @@ class _ThreadBackend(_Backend):
     def is_here(self):
         return self.thread is threading.current_thread()
 
+    def is_stuck_here(self, call):
+        return self.is_here()
+
     def stacks(self):
         return _stacks([self.thread.ident])
 
@@ -4431,6 +4474,13 @@ class _AsyncioBackend(_Backend):
 
     def stalls_here(self):
         return threading.current_thread() is self.thread
+
+    def is_stuck_here(self, call):
+        try:
+            is_on_loop = call.task is not None or self.runner.is_async(call)
+        except TypeError:               # it is settled, and its arguments are gone
+            return False
+        return threading.current_thread() is (self.thread if is_on_loop else self.companion)
 
     def stacks(self):
         yield from _stacks([self.thread.ident, self.companion.ident])
@@ -8940,6 +8990,12 @@ class _Pool:
         # Asked after the gate was made: who settles the call takes it out before he looks for a gate.
         if call.backend is None and call in self.calls and not _sleep_on(gate, _left(deadline)):
             raise _timeout("no place in the queue became free in time")
+
+    def is_stuck_here(self, call):
+        """Tell whether a call cannot begin, or go on, while this thread waits for it."""
+        backends = self.backends
+        backend = call.backend or (backends[0] if len(backends) == 1 and not self.on_demand else None)
+        return backend is not None and backend.is_stuck_here(call)
 
     # Placing
 

@@ -1,5 +1,6 @@
 """The tests of concurry: `python3 -m unittest`."""
 
+import ast
 import asyncio
 import collections
 import concurrent.futures
@@ -477,6 +478,28 @@ class ModuleTests(CleanTestCase):
         public = {name for name, value in vars(concurry).items()
                   if not name.startswith("_") and getattr(value, "__module__", "") == "concurry"}
         self.assertEqual(public - set(concurry.__all__) - {"main"}, set())
+
+    def test_messages(self):
+        """Every message of ours: a clause in lower case, with the value, without a full stop; few types."""
+        def text(node):
+            if isinstance(node, ast.JoinedStr):
+                return "".join(part.value if isinstance(part, ast.Constant) else "x" for part in node.values)
+            if isinstance(node, ast.IfExp):
+                return text(node.body)
+            return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+        seen = 0
+        for call in ast.walk(ast.parse(open_and_read(concurry.__file__))):
+            name = isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2]
+            if name and re.search("(Error|^_timeout|^_Reason)$", name) and call.args and text(call.args[0]):
+                seen += 1
+                self.assertIn(name, (
+                    "ValueError", "TypeError", "AttributeError", "RuntimeError", "_timeout", "_Reason", "PicklingError", "OSError",
+                    "ImportError", "WorkerDiedError", "InvalidStateError", "RayError", "RayActorError"))
+                message = text(call.args[0])
+                with self.subTest(message=message, line=call.lineno):
+                    self.assertRegex(message, r"^([a-z'{@-]|Ray )(.|\n)*[^.\s]$")
+                    self.assertTrue(len(message.split()) >= 3 or "x: x" in message)
+        self.assertGreater(seen, 80)
 
     def test_examples_in_docstrings(self):
         import doctest
@@ -5274,6 +5297,76 @@ class InsideTests(CleanTestCase):
             for text in texts:
                 self.assertIn(text, repr(thing))
             self.assertNotIn(" object at 0x", repr(thing))
+
+
+class OwnWaitTests(CleanTestCase):
+    """What would wait for ever is told, where it can be known."""
+
+    def test_of_a_thread(self):
+        pool = self.start(TaskWorker, mode="thread", max_queued_tasks=2)
+        for wait in (lambda: pool.submit(int).result(), lambda: pool.submit(int).exception(),
+                     lambda: concurry.wait([done_future(), pool.submit(int)]), lambda: gather(pool.submit(int), 1),
+                     lambda: list(pool.map(abs, range(9)))):
+            with self.assertRaisesRegex(RuntimeError, "call of TaskWorker.submit would be for ever"):
+                pool.submit(wait).result(SAFETY)
+        self.assertRaises(TimeoutError if sys.version_info >= (3, 11) else concurrent.futures.TimeoutError,
+                          pool.submit(lambda: pool.submit(int).result(0.001)).result, SAFETY)
+        self.assertEqual(pool.submit(int).result(SAFETY), 0)
+
+    def test_what_can_end_is_waited_for(self):
+        pool, other = self.start(TaskWorker, mode="thread", max_workers=2), self.start(TaskWorker, mode="thread")
+        self.assertEqual(other.submit(lambda: pool.submit(lambda: pool.submit(int).result()).result()).result(SAFETY), 0)
+        growing = self.start(TaskWorker, mode="thread", on_demand=True, max_workers=2)
+        self.assertEqual(growing.submit(lambda: growing.submit(int).result()).result(SAFETY), 0)
+        inline = self.start(TaskWorker, mode="sync")
+        self.assertEqual(inline.submit(lambda: inline.submit(int).result()).result(SAFETY), 0)
+
+    def test_of_an_event_loop(self):
+        worker = self.start(SelfWaiting, mode="asyncio")
+        for name, is_possible in (("plain_for_coroutine", True), ("coroutine_for_plain", True),
+                                  ("plain_for_plain", False), ("coroutine_for_coroutine", False)):
+            call = getattr(worker, name)(worker._pool)
+            if is_possible:
+                self.assertIn(call.result(SAFETY), ("coroutine", "plain"))
+            else:
+                self.assertRaisesRegex(RuntimeError, "would be for ever", call.result, SAFETY)
+
+    def test_of_a_limit(self):
+        limits = LimitSet([ResourceLimit("slots", 3), CallLimit(100, "minute")])
+        with limits.acquire({"slots": 2}):
+            with limits.acquire():
+                with self.assertRaisesRegex(RuntimeError, "for 1 of 'slots' would be for ever: this thread itself holds 3 of 3"):
+                    limits.acquire()
+                self.assertRaises(concurrent.futures.TimeoutError, limits.acquire, timeout=0.001)
+                self.assertFalse(limits.try_acquire().successful)
+            self.assertRaisesRegex(RuntimeError, "for 2 of 'slots'", limits.acquire, {"slots": 2})
+        # Held by another thread, or handed on without `with`: it is waited for.
+        held = limits.acquire({"slots": 3})
+        waiting = in_thread(lambda: limits.acquire())
+        until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+        held.release()
+        waiting.result(SAFETY).release()
+        self.assertEqual(limits.get_stats()["slots"]["in_use"], 0)
+
+
+class SelfWaiting(Worker):
+    async def coroutine(self):
+        return "coroutine"
+
+    def plain(self):
+        return "plain"
+
+    def plain_for_coroutine(self, pool):
+        return pool.submit("coroutine", (), {}).result()
+
+    def plain_for_plain(self, pool):
+        return pool.submit("plain", (), {}).result()
+
+    async def coroutine_for_coroutine(self, pool):
+        return pool.submit("coroutine", (), {}).result()
+
+    async def coroutine_for_plain(self, pool):
+        return pool.submit("plain", (), {}).result()
 
 
 class Waiting(Worker):
