@@ -785,6 +785,18 @@ def stop(make, workers, gather):
     return perf_counter() - began
 
 
+def update_cost(make, updates=1_000_000):
+    """Of a bar that is shown, ten times a second, in a file."""
+    import concurry
+    updates = amount(updates)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        bar = concurry.ProgressBar(total=updates)
+        began = perf_counter()
+        for _ in range(updates):
+            bar.update()
+        return 1e6 * (perf_counter() - began) / updates
+
+
 def told_of_death(make):
     executor = make(1)
     meet(executor, 1)
@@ -897,6 +909,7 @@ ROWS = [
         wait_finished, ours_with("gather"), theirs_with("wait")),
     Row("gather: last finish to return", "wait", 1.0,
         wait_last, ours_with("gather"), theirs_with("wait")),
+    Row("progress: microseconds an update", "", 1.0, update_cost, lambda: None),
     Row("as they finish, 10k", "as_completed", 0.7,
         as_they_finish, ours_with("gather", iter=True), theirs_with("as_completed")),
     Row("memory: idle thread", THREADS, 1.2, idle_thread_memory, thread, ThreadPoolExecutor),
