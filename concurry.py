@@ -34,7 +34,7 @@ Python (3.9 or newer; and Ray for that mode) and may be copied into a project, u
 """
 
 __all__ = [
-    "ALL_COMPLETED", "BaseFuture", "CallLimit", "ExecutionMode", "Executor", "FIRST_COMPLETED",
+    "ALL_COMPLETED", "BaseFuture", "CallLimit", "CallTimeoutError", "ExecutionMode", "Executor", "FIRST_COMPLETED",
     "FIRST_EXCEPTION", "Limit", "LimitPool", "LimitSet", "LoadBalancingAlgorithm", "ProgressBar", "RateLimit",
     "RateLimitAlgorithm", "RateWindow", "RemoteError", "ResourceLimit", "RetryAlgorithm", "RetryConfig",
     "RetryValidationError", "ReturnWhen", "TaskWorker", "Worker", "WorkerDiedError", "__version__",
@@ -190,22 +190,51 @@ class WorkerDiedError(RuntimeError):
         self.started, self.deaths = started, deaths
 
 
-def _make_timeout_error():
-    """Make the class of our TimeoutErrors: before 3.11 three unrelated classes had that name."""
+@functools.lru_cache(None)
+def _timeout_class():
+    """Return the class of our TimeoutErrors: before 3.11 three unrelated classes had that name."""
+    if concurrent.futures.TimeoutError is TimeoutError:
+        return TimeoutError
     import asyncio
-    bases = dict.fromkeys([concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError])
-    return TimeoutError if len(bases) == 1 else type("TimeoutError", tuple(bases), {})
-
-
-_TimeoutError = TimeoutError if concurrent.futures.TimeoutError is TimeoutError else None
+    return type("TimeoutError", (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError), {})
 
 
 def _timeout(message):
     """Return the exception for a span that is over: caught under every name a TimeoutError has."""
-    global _TimeoutError
-    if _TimeoutError is None:
-        _TimeoutError = _make_timeout_error()
-    return _TimeoutError(message)
+    return _timeout_class()(message)
+
+
+@functools.lru_cache(None)
+def _call_timeout_class():
+    class CallTimeoutError(_timeout_class()):
+        """A call ran for longer than its `call_timeout`.
+
+        `method` is what ran too long, `worker` where, `timeout` how many seconds it might have taken. It is caught
+        under every name that a TimeoutError has.
+        """
+
+        def __init__(self, message, method=None, worker=None, timeout=None):
+            super().__init__(message)
+            self.method, self.worker, self.timeout = method, worker, timeout
+
+        def __reduce__(self):
+            return _load_call_timeout, (str(self), self.method, self.worker, self.timeout)
+
+    CallTimeoutError.__qualname__ = "CallTimeoutError"
+    return CallTimeoutError
+
+
+def _load_call_timeout(*args):
+    return _call_timeout_class()(*args)
+
+
+if concurrent.futures.TimeoutError is TimeoutError:
+    CallTimeoutError = _call_timeout_class()
+else:
+    def __getattr__(name):          # of this module: to make the class takes asyncio
+        if name == "CallTimeoutError":
+            return _call_timeout_class()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _nearest(name, names):
@@ -243,6 +272,13 @@ def _seconds(value):
     return number
 
 
+def _span(value):
+    number = None if value is None else _seconds(value)
+    if number == 0:
+        raise ValueError
+    return number
+
+
 def _amount(value):
     number = _seconds(value)
     return int(number) if number == int(number) else number
@@ -276,6 +312,11 @@ _RETRY_OPTIONS = {
     "retry_jitter": _by_method(_share, "a number from 0 to 1"),
     "retry_until": _by_method(lambda value: _read_validators(value), "callables, one or a list, or None"),
 }
+# What may be given by method name.
+_BY_METHOD = {
+    **_RETRY_OPTIONS,
+    "call_timeout": _by_method(_span, "a number of seconds above 0, or None"),
+}
 # Of Ray's actors; others go into actor_options.
 _RAY_OPTIONS = {
     "num_cpus": (_amount, "a number from 0"),
@@ -298,7 +339,7 @@ _OPTIONS = {
     **_RAY_OPTIONS,
     "actor_options": (lambda value: dict(value or {}), "a dict of Ray's options for actors"),
     "crash_retries": _whole(0, none=False),
-    **_RETRY_OPTIONS,
+    **_BY_METHOD,
     "retry_config": (lambda value: _read_config(value), "a RetryConfig, or None"),
 }
 # Settings that only the configuration has.
@@ -389,7 +430,7 @@ class _Config:
             task_decorator_on_demand=True, on_demand_linger=1.0, max_queued_tasks=None,
             unwrap_futures=True, limits=None, stop_timeout=30.0, crash_retries=0,
             num_retries=0, retry_on=[Exception], retry_algorithm=RetryAlgorithm.Exponential, retry_wait=1.0,
-            retry_max_wait=60.0, retry_jitter=1.0, retry_until=None, retry_config=None,
+            retry_max_wait=60.0, retry_jitter=1.0, retry_until=None, retry_config=None, call_timeout=None,
             num_cpus=None, num_gpus=None, resources=None, memory=None, actor_options={},
             mp_context=_StartMethod.Forkserver if hasattr(os, "fork") else _StartMethod.Spawn)
         self.sync = _Settings("sync")
@@ -474,7 +515,7 @@ class _Options(types.SimpleNamespace):
             raise ValueError(f"mode is required: {ExecutionMode._choices()}")
         defaults = global_config.get_defaults(mode)
         given = {**given}
-        for name in _RETRY_OPTIONS:
+        for name in _BY_METHOD:
             if isinstance(given.get(name, defaults[name]), dict):       # by method: the rest has the default
                 rest = defaults[name] if isinstance(defaults[name], dict) else {"*": defaults[name]}
                 given[name] = {"*": _INITIAL[name], **rest, **given.get(name, {})}
@@ -3759,6 +3800,9 @@ class _Call:
     steps = None                # the retry loop of a plain method in asyncio mode, ...
     is_again = False            # ... which has put it in line once more
     is_late = False             # it had to wait for futures among its arguments
+    count = 1                   # how many calls of the user's it stands for
+    alarm = None                # the timer of its `call_timeout`
+    overran = None              # that it had, in seconds, and has exceeded
 
     def __init__(self, pool, future, method, args, kwargs):
         self.pool = pool
@@ -4104,6 +4148,8 @@ def _carry_out(runner, call):
     context = call.context              # None if it has been settled
     if context is not None and call.future._begin():
         call.began = _now()
+        if call.pool.keeper is not None:
+            call.pool.keeper.watch(call)
         _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
 
 
@@ -4132,6 +4178,7 @@ class _Backend:
     prepares = False                # calls are pickled when they are submitted
     can_be_killed = True
     is_spent = False                # it was made for one call and has had it
+    is_replacement = False          # of one that was given up
     future = BaseFuture             # of a call to it
 
     @staticmethod
@@ -4214,6 +4261,13 @@ class _Backend:
     def stalls_here(self):
         """Tell whether waiting in this thread would stall the calls that run."""
         return False
+
+    def overrun(self, call):
+        """End a call that has run for too long, `call.overran` seconds; on the reader's thread."""
+
+    def overrun_error(self, call, what):
+        return _call_timeout_class()(f"{self.name} ran {call.method}() for more than {call.overran:g} seconds, its "
+                                     f"call_timeout: {what}", call.method, self.name, call.overran)
 
     def is_stuck_here(self, call):
         """Tell whether a call of this worker cannot begin, or go on, while this thread waits for it."""
@@ -4352,6 +4406,17 @@ class _ThreadBackend(_Backend):
     def finish(self):
         self.inbox.put(None)
 
+    def overrun(self, call):
+        what = "a thread cannot be killed, it is left to itself, and a new worker takes its place"
+        if _settle(call.future, _ERROR, self.overrun_error(call, what)):
+            self.pool.replace(self)
+
+    def give_up(self):
+        """Return the calls that have not begun; the thread ends when it can."""
+        calls = _taken_from(self.inbox)
+        self.inbox.put(None)
+        return calls
+
     def is_here(self):
         return self.thread is threading.current_thread()
 
@@ -4366,6 +4431,8 @@ class _ThreadBackend(_Backend):
         if self._build():
             self._work()
             self.runner.close()
+        elif self.is_replacement:
+            self.pool.lose(self, self.started.exception())
         _settle(self.ended, _RESULT, None)
 
     def _work(self):
@@ -4375,6 +4442,16 @@ class _ThreadBackend(_Backend):
                 return
             _carry_out(self.runner, call)
             call = None         # an idle worker must not keep the last call's arguments and result
+
+
+def _taken_from(inbox):
+    """Return the calls that are in a queue, and take them out."""
+    calls = []
+    while True:
+        try:
+            calls += filter(None, [inbox.get_nowait()])
+        except queue.Empty:
+            return calls
 
 
 class _OnDemandThreadBackend(_ThreadBackend):
@@ -4421,12 +4498,17 @@ class _OnDemandThreadBackend(_ThreadBackend):
             outcome = _ERROR, _start_error(_without_our_frame(error), self)
         else:
             call.began = _now()
+            if self.pool.keeper is not None:
+                self.pool.keeper.watch(call)
             outcome = context.run(runner.outcome, call, call.method, call.args, call.kwargs)
             if not keeps:
                 runner.close()
                 runner = None
         _settle(call.future, *outcome)
         return runner
+
+
+_GIVEN_UP = object()            # tells a thread that another one has taken its place
 
 
 class _AsyncioBackend(_Backend):
@@ -4469,6 +4551,25 @@ class _AsyncioBackend(_Backend):
         task = call.task
         return task and functools.partial(self.loop.call_soon_threadsafe, task.cancel)
 
+    def overrun(self, call):
+        interrupt = self.interruption(call)
+        what = "it was cancelled" if interrupt else "a thread cannot be killed, it is left to itself"
+        if _settle(call.future, _ERROR, self.overrun_error(call, what)):
+            (interrupt or self._replace_companion)()
+
+    def _replace_companion(self):
+        """Have the plain methods go on on another thread: this one does not return from the last."""
+        logger.warning("%s: a plain method runs for too long, and its thread is left to itself", self.name)
+        self.tally.deaths += 1
+        stuck, self.plain = self.plain, queue.SimpleQueue()
+        self.companion = threading.Thread(target=self._main_beside, name=self.name + "-plain", daemon=True)
+        self.companion.start()
+        for call in _taken_from(stuck):
+            self.plain.put(call)
+        stuck.put(_GIVEN_UP)
+        if self.pool.is_finishing and not self.pool.calls:
+            self.plain.put(None)
+
     def is_here(self):
         return threading.current_thread() in (self.thread, self.companion)
 
@@ -4507,6 +4608,8 @@ class _AsyncioBackend(_Backend):
                 context = call.context
                 if context is not None and call.future._begin():
                     call.began = _now()
+                    if self.pool.keeper is not None:
+                        self.pool.keeper.watch(call)
                     # In the context of the submitter; the task copies it.
                     call.task = context.run(self.loop.create_task, self._drive(
                         call, self.runner.outcome_async, call.method, call.args, call.kwargs))
@@ -4567,9 +4670,12 @@ class _AsyncioBackend(_Backend):
 
     def _main_beside(self):
         _here.is_ours = True
+        plain = self.plain
         if self.started.exception() is None:
             while True:
-                call = self.plain.get()
+                call = plain.get()
+                if call is _GIVEN_UP:
+                    return
                 if call is None:
                     break
                 self._serve(call)
@@ -4591,6 +4697,8 @@ class _AsyncioBackend(_Backend):
             if not call.future._begin():
                 return
             call.began = _now()
+            if self.pool.keeper is not None:
+                self.pool.keeper.watch(call)
             if self.runner.retries:
                 call.steps = self.runner.attempts(call.method, call.args, call.kwargs)
             if call.steps is not None:
@@ -6896,10 +7004,22 @@ class _ProcessBackend(_Backend):
             if message is not None and call.link is not link and call.future._begin(_SENT):
                 call.link = link
                 link.send(self._news(link, call.shared) + message, call)
+                self._watch_first(link)
             self.queue.popleft()
         if not link.flush():
             link.is_blocked = True
             self.reader.post(self._watch_for_room, link)
+
+    def _watch_first(self, link):
+        """Have the time looked at of the call that the worker carries out."""
+        if self.pool.keeper is not None:
+            for call, _ in list(link.sent)[:1]:
+                self.pool.keeper.watch(call)
+
+    def overrun(self, call):
+        link = self.link
+        if link is not None and link.sent and link.sent[0][0] is call:
+            link.process.kill()
 
     def _news(self, link, shared):
         """Return the messages that must be there before the call: a shared function, and the end of others."""
@@ -6957,6 +7077,7 @@ class _ProcessBackend(_Backend):
             call, _ = link.sent.popleft()
             link.has_begun = True
             call.began = _now() - took / 1e6
+            self._watch_first(link)
             self.failures = 0
             self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
             if self.killed:
@@ -7037,7 +7158,7 @@ class _ProcessBackend(_Backend):
         for call in begun:
             call.deaths += (self.name, pid, exitcode),
             if call not in again:
-                self._fail(call, self.stopped(call, self.killed, True) if self.killed else self.death_in(call))
+                self._fail(call, self._error_of(call, pid))
         while self.killed and self.queue:
             call = self.queue.popleft()
             self._fail(call, self.stopped(call, self.killed, bool(call.deaths)))
@@ -7047,8 +7168,15 @@ class _ProcessBackend(_Backend):
             self.tally.deaths += 1
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
 
+    def _error_of(self, call, pid):
+        if self.killed:
+            return self.stopped(call, self.killed, True)
+        if call.overran:
+            return self.overrun_error(call, f"its process (pid {pid}) was killed, and a new one takes its place")
+        return self.death_in(call)
+
     def _may_run_again(self, call):
-        return (len(call.deaths) < self.pool.options.crash_retries and call in self.calls
+        return (not call.overran and len(call.deaths) < self.pool.options.crash_retries and call in self.calls
                 and not self.killed and not self.pool.is_stopped)
 
     @staticmethod
@@ -8832,6 +8960,53 @@ def _code_of(fn):
     return getattr(fn, "__code__", None) or getattr(getattr(type(fn), "__call__", None), "__code__", None)
 
 
+class _TimeKeeper:
+    """Looks to the time that a pool's calls run, and has those that take too long ended; on the reader's thread."""
+
+    def __init__(self, limits):
+        self.limits = limits if isinstance(limits, dict) else {"*": limits}
+        self.reader = _reader_for(self)
+
+    def limit_of(self, call):
+        """Return the seconds that a call may run, None for no limit."""
+        name = call.method
+        if name not in self.limits:
+            name = "submit" if name in ("__call__", "_chunk") and "submit" in self.limits else "*"
+        seconds = self.limits[name]
+        return seconds and seconds * call.count
+
+    def watch(self, call):
+        """Be told that a call begins; from any thread, perhaps not for the first time."""
+        if call.alarm is None:
+            seconds = self.limit_of(call)
+            if seconds is not None:
+                self.reader.post(self._set, call, seconds, _now())
+
+    def forget(self, call):
+        """Be told that a call has ended."""
+        if call.alarm is not None:
+            self.reader.post(self.reader.cancel, call.alarm)
+
+    def _set(self, call, seconds, began):
+        if call.alarm is None and not call.future.done():
+            left = max(0.0, began + seconds - _now())
+            call.alarm = self.reader.later(left, functools.partial(self._ring, call, seconds))
+            if call.future.done():          # since: who ended it may not have seen the alarm
+                self.reader.cancel(call.alarm)
+
+    def _ring(self, call, seconds):
+        backend = call.backend
+        if backend is not None and not call.future.done():
+            call.overran = seconds
+            backend.overrun(call)
+
+    def end(self):
+        self.reader.post(self.reader.backends.discard, self)
+
+    def perish(self, error):
+        """Leave the calls alone: nobody looks to their time any more, as has been logged."""
+
+
 class _Pool:
     """The workers behind a handle: the line of calls before them, and who gets which.
 
@@ -8867,6 +9042,7 @@ class _Pool:
         self.is_finishing = False       # the workers end when the last call has
         self.once = itertools.count()   # who asks first gets 0: ending is done once
         self.broken = None              # why nobody takes the next call: what the last worker was given up for
+        self.keeper = None              # of the time of its calls, if they have limits
         self.kept = {}                  # limit sets that its calls have brought to processes
         self.known = {}                 # functions that its calls name again and again, and what stands for them
         self.context = contextvars.copy_context()       # for constructors: of whoever made the pool
@@ -8876,6 +9052,8 @@ class _Pool:
     def start(self):
         """Build the workers side by side; return when all are built, or raise what one of them raised."""
         self.setup = self.kind.set_up(self.recipe, self.options)
+        if self.options.call_timeout is not None:
+            self.keeper = _TimeKeeper(self.options.call_timeout)
         if self.on_demand:
             _pools.add(self)
             return
@@ -8902,13 +9080,15 @@ class _Pool:
 
     # Submitting
 
-    def submit(self, method, args, kwargs, deadline=None):
-        """Send a call on its way and return its future; wait for a place in the queue if one may.
+    def submit(self, method, args, kwargs, deadline=None, count=1):
+        """Send a call on its way, which stands for so many, and return its future; wait for a place if one may.
 
         Raises RuntimeError when no call is taken any more, TimeoutError at the deadline.
         """
         future = self.make_future()
         call = future._call = _Call(self, future, method, args, kwargs)
+        if count > 1:
+            call.count = count
         self.calls[call] = None
         try:
             if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
@@ -9117,6 +9297,8 @@ class _Pool:
             call.open_gate()
         if call.watch is not None:
             call.watch.leave()
+        if self.keeper is not None:
+            self.keeper.forget(call)
         if self.backlog:
             self.place()
         if self.is_finishing and not self.calls:
@@ -9139,6 +9321,36 @@ class _Pool:
         self.backends = [other for other in self.backends if other is not backend]
         backend.tally.retried = backend.halt.retried
         self.tally.add(backend.tally)
+
+    def replace(self, backend):
+        """Have a new worker take the place of one that is left to itself; from any thread."""
+        self.chores.append(functools.partial(self._replace, backend))
+        self.place()
+
+    def _replace(self, backend, refused):
+        if backend not in self.backends:
+            return
+        calls = [call for call in backend.give_up() if call in self.calls]
+        logger.warning("%s runs a call for too long: its thread is left to itself and its state is lost, a new worker "
+                       "takes its place", backend.name)
+        backend.tally.deaths += 1
+        self._remove(backend)
+        for call in calls:
+            backend.calls.pop(call, None)
+            call.backend = None
+        self.backlog.extendleft(reversed(calls))
+        if self.on_demand or self.is_stopped or self.is_finishing and not self.calls:
+            return
+        self.restarts += 1
+        new = self.kind(self, backend.index)
+        new.is_replacement = True
+        try:
+            new.start()
+        except Exception as error:
+            new.calls = dict.fromkeys(calls)
+            self.chores.append(functools.partial(self._lose, new, error))
+            return
+        self.backends = sorted([*self.backends, new], key=lambda backend: backend.index)
 
     def lose(self, backend, error):
         """Give up a worker that cannot be started: the others take over, or all fails with this error."""
@@ -9174,6 +9386,8 @@ class _Pool:
 
     def _finish(self):
         if next(self.once) == 0:
+            if self.keeper is not None:
+                self.keeper.end()
             for backend in list(self.backends):
                 backend.finish()
 
@@ -9252,6 +9466,8 @@ class _Pool:
                           ResourceWarning, stacklevel=4)
 
     def _let_go(self):
+        if self.keeper is not None:
+            self.keeper.end()
         self.setup = None               # and the descriptors that it holds
         self.kind.tear_down(self)
 
@@ -9640,7 +9856,7 @@ class _Map:
     def submit(self, chunk):
         if self.chunksize > 1:
             items = chunk if self.is_ragged else tuple(zip(*chunk))
-            return self.pool.submit("_chunk", (self.fn, items), {}, self.deadline)
+            return self.pool.submit("_chunk", (self.fn, items), {}, self.deadline, len(chunk))
         if self.fn is None:
             return self.pool.submit("__call__", chunk[0], {}, self.deadline)
         return self.pool.submit("submit", (self.fn, *chunk[0]), {}, self.deadline)
@@ -9745,7 +9961,7 @@ _warned_models = weakref.WeakSet()
 def _check_method_names(cls, given):
     """Raise a ValueError for an option by method name that names what the class does not have."""
     for option, value in given.items():
-        for name in value if option in _RETRY_OPTIONS and isinstance(value, dict) else ():
+        for name in value if option in _BY_METHOD and isinstance(value, dict) else ():
             is_public = not name.startswith("_") and name not in _NOT_THE_USERS
             if name != "*" and not (is_public and callable(getattr(cls, name, None))):
                 names = [known for known, _ in _definitions(cls) if not known.startswith("_")]
@@ -9795,6 +10011,10 @@ def _options(cls, **given):
     mp_context: in process mode "forkserver", "spawn" or "fork".
     crash_retries: how often a call that was running when its process died is run again, in a new one, from its
         beginning. Default 0: it is run at most once. No retry of `num_retries` is used up by it.
+    call_timeout: seconds that a call may run, its retries included; also a dict by method name. Then it fails with
+        CallTimeoutError: a process is killed and replaced, a coroutine in asyncio mode is cancelled, a thread cannot
+        be killed: it is left to itself, and another worker, made anew, takes its place. A chunk of `map` has so much
+        time for each of its items. Default None: no limit. Without effect in sync and ray mode.
     on_demand_linger: seconds that an idle on-demand TaskWorker is kept.
     num_cpus, num_gpus, resources, memory: what each actor of Ray needs: numbers, a dict by name, bytes.
     actor_options: a dict of Ray's other options for actors; not `max_concurrency` and `concurrency_groups`.
@@ -10100,12 +10320,13 @@ workers, and print a result a line, in order, as they come.
   CALLABLE          module:name
   -e EXPRESSION     instead of it: an expression over x; it finds its modules
   --mode MODE       process (the default), thread, asyncio, sync or ray
-  --max-workers N   process: 4, thread: 24
+  --max-workers N   4, of threads 24
   --unordered       print each result as soon as it is there
   --json            lines are JSON, and so are results
   --keep-going      go on after a line that failed; with --json a line
                     {"error": ..., "line": ...} stands in its place
   --retries N       try again what has failed, after longer and longer waits
+  --timeout SECONDS a line that takes longer fails; its process is killed
   --limit N/WINDOW  so many at most in any window: 100/minute, 5/second, 9/2.5
   --progress        show how far it is; so it is at a terminal: --no-progress
 Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.
@@ -10125,7 +10346,7 @@ def _arguments():
     mapping.format_help = lambda: _HELP
     mapping.usage = _HELP.partition("\n")[0].partition(" ")[2]
     mapping.add_argument("-e", dest="expression")
-    for name in ("--mode", "--max-workers", "--retries", "--limit"):
+    for name in ("--mode", "--max-workers", "--retries", "--timeout", "--limit"):
         mapping.add_argument(name)
     for name in ("--unordered", "--json", "--keep-going"):
         mapping.add_argument(name, action="store_true")
@@ -10350,7 +10571,7 @@ def main(argv=None):
         for name in chosen.names:
             open(name).close()
         given = {"mode": chosen.mode or "process", "max_workers": chosen.max_workers, "num_retries": chosen.retries,
-                 "limits": chosen.limit and _call_limit(chosen.limit)}
+                 "call_timeout": chosen.timeout, "limits": chosen.limit and _call_limit(chosen.limit)}
         given = {name: _parse(name, value) for name, value in given.items() if value is not None}
         if given["mode"] is ExecutionMode.Ray:
             _start_ray()

@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import faulthandler
 import fractions
@@ -5378,6 +5379,153 @@ class Waiting(Worker):
 
     def plain(self, go):
         go.wait()
+
+
+class CallTimeoutTests:
+    """15.5, `call_timeout`: only `hold` has one, or a slow machine would break the others."""
+
+    def setUp(self):
+        self.started, self.go = self.flag(), self.flag()
+        self.addCleanup(self.see_threads_end, threading.enumerate())
+        self.addCleanup(self.go.set)
+        self.logs = self.logged()
+
+    def logged(self):
+        logger = logging.getLogger("concurry")
+        handler = logging.handlers.BufferingHandler(1000)
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
+        return handler.buffer
+
+    def see_threads_end(self, before):
+        for thread in set(threading.enumerate()) - set(before):
+            if thread.name.startswith(("Counter", "TaskWorker")):
+                thread.join(SAFETY)
+
+    def assert_overran(self, call, name="hold"):
+        error = call.exception(SAFETY)
+        self.assertIsInstance(error, concurry.CallTimeoutError)
+        self.assertRegex(str(error), rf"^\w+-\d ran {name}\(\) for more than 0.1 seconds, its call_timeout: ")
+        self.assertEqual((error.method, error.timeout), (name, 0.1))
+        for kind in (TimeoutError, concurrent.futures.TimeoutError, asyncio.TimeoutError):
+            self.assertIsInstance(error, kind)
+
+    def test_the_call_fails_and_the_others_go_on(self):
+        worker = self.make(Counter, call_timeout={"hold": 0.1}, max_queued_tasks=None)
+        calls = [worker.add(), worker.hold(self.started, self.go), *(worker.echo(n) for n in range(5))]
+        self.assert_overran(calls[1])
+        self.assertEqual(gather(calls[:1] + calls[2:], timeout=SAFETY), [1, 0, 1, 2, 3, 4])
+        self.assertEqual((worker.stats()["deaths"], worker.stats()["failed"], worker.stats()["queued"]), (1, 1, 0))
+        self.assertEqual(worker.get_pool_stats()["total_workers"], 1)
+        # A loop and its object live on; a worker that was replaced begins anew.
+        self.assertEqual(worker.add().result(SAFETY), 2 if self.mode == "asyncio" else 1)
+        self.assertTrue(any("too long" in record.getMessage() or "died" in record.getMessage() for record in self.logs))
+        self.assert_overran(worker.hold(self.started, self.go))
+        with worker:
+            last = worker.add()
+        self.assertEqual(last.result(0), 3 if self.mode == "asyncio" else 1)
+
+    def test_at_the_end(self):
+        """A worker that is left to itself holds up neither shutdown nor stop."""
+        for end in ("shutdown", "stop"):
+            worker = self.make(Counter, call_timeout={"hold": 0.1})
+            call = worker.hold(self.started, self.go)
+            self.started.wait()
+            self.started.count()
+            getattr(worker, end)()
+            self.assert_overran(call)
+
+    def test_no_alarm_is_left(self):
+        worker = self.make(Counter, call_timeout=3600, max_queued_tasks=None)
+        gather([worker.add() for _ in range(200)])
+        reader = concurry._readers[os.getpid()]
+        until(lambda: sum(timer[2] is not None for timer in reader.timers) == 0)
+        self.assertLess(len(reader.timers), 100)
+
+    def test_bad_input(self):
+        for value, text in ((0, "above 0"), (-1, "above 0"), ("soon", "above 0"), ({"hld": 1}, "did you mean 'hold'")):
+            self.assertRaisesRegex(ValueError, text, Counter.options, mode=self.mode, call_timeout=value)
+
+
+over_modes(globals(), [CallTimeoutTests], ["thread", "process", "asyncio"])
+
+
+class CallTimeoutPoolTests(CallTimeoutTests):
+    def test_in_a_pool(self):
+        pool = self.make(Counter, call_timeout={"hold": 0.1}, max_workers=3, max_queued_tasks=None)
+        calls = [pool.hold(self.started, self.go), *(pool.add() for _ in range(8))]
+        self.assert_overran(calls[0])
+        gather(calls[1:], timeout=SAFETY)
+        until(lambda: sorted(pool.stats()["workers"]) == ["Counter-0", "Counter-1", "Counter-2"])
+        self.assertEqual((pool.stats()["deaths"], pool.get_pool_stats()["restarts"]), (1, 1))
+
+    def test_on_demand(self):
+        for cls in (Counter, TaskWorker):
+            name = "hold" if cls is Counter else "submit"
+            pool = self.make(cls, call_timeout={name: 0.1}, on_demand=True, max_workers=1)
+            held = pool.hold(self.started, self.go) if cls is Counter else pool.submit(hold, self.started, self.go)
+            self.assert_overran(held, name)
+            if cls is Counter:
+                self.assertEqual(pool.add().result(SAFETY), 1)
+
+    def test_a_coroutine(self):
+        if self.mode == "thread":           # whose thread would wait for ever
+            return
+        worker = self.make(Endless, call_timeout={"for_ever": 0.1})
+        self.assert_overran(worker.for_ever(), "for_ever")
+        self.assertEqual(worker.soon().result(SAFETY), "soon")
+
+    def test_a_replacement_that_cannot_be_built(self):
+        worker = self.make(BuiltOnce, self.started.path + ".built", call_timeout={"hold": 0.1})
+        self.addCleanup(os.unlink, self.started.path + ".built")
+        calls = [worker.hold(self.started, self.go), worker.fine()]
+        self.assert_overran(calls[0])
+        self.assertIsInstance(calls[1].exception(SAFETY), ZeroDivisionError)
+        self.assertIsInstance(worker.fine().exception(SAFETY), ZeroDivisionError)
+
+
+over_modes(globals(), [CallTimeoutPoolTests], ["thread", "process"])
+del ThreadCallTimeoutTests, ProcessCallTimeoutTests          # noqa: F821, made above: they are among these
+
+
+class TimeKeeperTests(CleanTestCase):
+    def test_what_a_call_may_take(self):
+        def limit(limits, method, count=1):
+            return concurry._TimeKeeper.limit_of(types.SimpleNamespace(limits=limits),
+                                                 types.SimpleNamespace(method=method, count=count))
+        self.assertEqual(limit({"*": 2.0}, "anything"), 2.0)
+        self.assertEqual(limit({"*": None, "ask": 2.0}, "ask"), 2.0)
+        self.assertIsNone(limit({"*": None, "ask": 2.0}, "tell"))
+        self.assertEqual(limit({"*": None, "submit": 2.0}, "__call__"), 2.0)
+        self.assertEqual(limit({"*": 2.0}, "_chunk", 10), 20.0)         # a chunk has the time of its items
+
+    def test_the_error_travels(self):
+        error = concurry.CallTimeoutError("too long", "ask", "Api-0", 2.0)
+        for copied in (pickle.loads(pickle.dumps(error)), Executor("process", 1, blocking=True).submit(copy.copy, error)):
+            self.assertIs(type(copied), concurry.CallTimeoutError)
+            self.assertEqual((str(copied), vars(copied)), (str(error), vars(error)))
+
+
+class Endless(Worker):
+    async def for_ever(self):
+        await asyncio.get_running_loop().create_future()
+
+    async def soon(self):
+        return "soon"
+
+
+class BuiltOnce(Worker):
+    def __init__(self, marker):
+        if os.path.exists(marker):
+            raise ZeroDivisionError("only once")
+        open(marker, "w").close()
+
+    def hold(self, started, go):
+        started.set()
+        go.wait()
+
+    def fine(self):
+        return "fine"
 
 
 # === Limits of workers ===
@@ -10844,6 +10992,11 @@ class CommandLineTests(ProgramCase):
             self.assertEqual([program.line(), program.line()], ["a", "b"])
             os.killpg(program.popen.pid, signal.SIGINT)
             self.assertEqual((program.popen.wait(SAFETY), program.output()[0]), (130, ""))
+
+    def test_timeout(self):
+        output, errors = self.map("-e", "time.sleep(60) if x == 'b' else x", "--timeout", "1", "--keep-going", text="a\nb\nc\n", status=1)
+        self.assertEqual(output, "a\nc\n")
+        self.assertRegex(errors, r"^concurry: line 2: CallTimeoutError: .* for more than 1 seconds, .* was killed.*\n$")
 
     def test_unordered(self):
         """Each as soon as it is there: the first line waits for the second to be printed."""
