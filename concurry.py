@@ -4177,6 +4177,7 @@ class _Backend:
     runs_inline = False             # `submit` runs the call: not to be called while placing
     prepares = False                # calls are pickled when they are submitted
     can_be_killed = True
+    has_time_limits = True          # a call that takes too long can be ended
     is_spent = False                # it was made for one call and has had it
     is_replacement = False          # of one that was given up
     future = BaseFuture             # of a call to it
@@ -4342,6 +4343,7 @@ class _SyncBackend(_Backend):
     """
 
     runs_inline = True
+    has_time_limits = False
 
     def start(self):
         self.inside = {}                # the calls being carried out: by which thread
@@ -7889,6 +7891,7 @@ class _RayBackend(_Backend):
     """
 
     prepares = True
+    has_time_limits = False
     future = _RayFuture
 
     @staticmethod
@@ -9052,7 +9055,7 @@ class _Pool:
     def start(self):
         """Build the workers side by side; return when all are built, or raise what one of them raised."""
         self.setup = self.kind.set_up(self.recipe, self.options)
-        if self.options.call_timeout is not None:
+        if self.options.call_timeout is not None and self.kind.has_time_limits:
             self.keeper = _TimeKeeper(self.options.call_timeout)
         if self.on_demand:
             _pools.add(self)
