@@ -1000,6 +1000,7 @@ def wrap_future(future):
 # What travels between them is a _State, numbers and words; nothing keeps a bar alive but its owner.
 
 _REDRAW = 0.1           # seconds between two redraws
+_PATIENCE = 1.0         # seconds to wait for somebody else who shows a bar, before an end is left to him
 _SPARSE = 10            # seconds between two lines where nothing can be redrawn; later a tenth of the time taken
 _COLORS = {"black": 30, "red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "white": 37}
 _COLOR_OF = {"success": "green", "failure": "red", "stopped": "yellow"}
@@ -1139,9 +1140,12 @@ class _Screen:
         self.lock = threading.RLock()
 
     def put(self, key, shown):
-        """Show a bar; what cannot be shown now, for somebody else is at it, he will show; ends are waited for."""
+        """Show a bar; what cannot be shown now, for somebody else is at it, he will show; for ends that is waited for.
+
+        Not for ever: a Ctrl-C may come just when the lock has been taken.
+        """
         self.news[key] = shown
-        if self.lock.acquire(shown.state != "running"):
+        if self.lock.acquire(True, _PATIENCE) if shown.state != "running" else self.lock.acquire(False):
             try:
                 if not self.is_busy:            # else a signal handler has come in the middle
                     self._put_all()
