@@ -1080,7 +1080,7 @@ def _columns(text):
 
 def _clipped(text, columns):
     """Return a text on one line, cut where it is wider."""
-    text = "".join(each if each.isprintable() else " " for each in text)
+    text = "".join(each if each.isprintable() else " " for each in text[:4 * columns + 4])
     if _columns(text) <= columns:
         return text
     while text and _columns(text) >= columns:
@@ -1156,9 +1156,10 @@ class _Screen:
         self.is_busy = True
         try:
             while self.news:
-                self.show(*self.news.popitem())
-        except Exception:
-            logger.debug("a progress bar could not be shown", exc_info=True)
+                try:
+                    self.show(*self.news.popitem())
+                except Exception:
+                    logger.debug("a progress bar could not be shown", exc_info=True)
         finally:
             self.is_busy = False
 
@@ -1291,6 +1292,8 @@ class _Told(_Screen):
         _here.callbacks += 1        # it must not wait for a place in a queue
         try:
             self.fn(shown.n, shown.total, shown.elapsed)
+        except BaseException:       # a SystemExit would end a worker's thread
+            logger.debug("the function that progress is told raised this", exc_info=True)
         finally:
             _here.callbacks -= 1
 
@@ -1310,9 +1313,8 @@ _screens_lock = threading.RLock()
 
 def _is_notebook():
     """Tell whether this process is the kernel of a notebook."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython and ipython.get_ipython()
-    return getattr(shell, "kernel", None) is not None
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_shell is not None and getattr(get_shell(), "kernel", None) is not None
 
 
 def _screen_for(style):
@@ -1337,7 +1339,7 @@ def _screen_for(style):
 def _is_terminal(stream):
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
-    except (AttributeError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return False
 
 
@@ -1380,7 +1382,7 @@ class ProgressBar:
         self._iterable, self._failed, self._state, self._text = iterable, 0, "running", ""
         self._unit, self._ncols = given["unit"], given["ncols"]
         self._color, self._leave = given["color"], given["leave"]
-        self._lock = threading.RLock()
+        self._lock, self._turn = threading.RLock(), threading.Lock()
         self._began = time.monotonic()
         self._marks = collections.deque([(self._began, 0)], 50)         # of the last seconds: for the rate
         if not given["disable"]:
@@ -1485,17 +1487,29 @@ class ProgressBar:
 
     def _end(self, state, text):
         if self._state == "running":
-            self._state, self._text = state, str(text)
+            self._text, self._state = str(text), state
             self._show()
-            self._screen = _NOWHERE
 
     def _show(self):
-        if self._screen is not _NOWHERE:
-            now = time.monotonic()
-            self._screen.due = now + _REDRAW
-            self._screen.put(id(self), _State(
-                self.n, self.total, self._failed, now - self._began, self._rate(now), self.desc, self._unit,
-                self._ncols, self._color, self._leave, self._state, self._text))
+        """Show it as it is, once at a time: what is shown after its end would stay for ever.
+
+        Whoever finds somebody else at it leaves it to him, who looks again.
+        """
+        while self._screen is not _NOWHERE and self._turn.acquire(False):
+            state, screen = self._state, self._screen
+            try:
+                if screen is not _NOWHERE:
+                    now = time.monotonic()
+                    screen.due = now + _REDRAW
+                    screen.put(id(self), _State(
+                        self.n, self.total, self._failed, now - self._began, self._rate(now), self.desc, self._unit,
+                        self._ncols, self._color, self._leave, state, self._text))
+                    if state != "running":
+                        self._screen = _NOWHERE
+            finally:
+                self._turn.release()
+            if self._state == state:
+                return
 
     def _rate(self, now):
         """Return how many come in a second: of late while it runs, in all when it has ended."""

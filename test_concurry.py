@@ -1196,6 +1196,28 @@ class ProgressTests(BarTestCase):
         self.assertEqual(stream.screen()[0][:12], "inner: 100%|")
         self.assertIn("3/9", stream.screen()[1])
 
+    def test_ended_while_it_is_shown(self):
+        """By another thread, or a signal handler: it is shown once more, as ended, and no line of it is left."""
+        for is_thread in (False, True):
+            stream = self.stream(80)
+            bar = ProgressBar(total=9, desc="x")
+            show = bar._screen.show
+
+            def ends_meanwhile(key, shown, bar=bar, show=show, is_thread=is_thread):
+                bar._screen.show = show
+                in_thread(bar.success).result(SAFETY) if is_thread else bar.success()
+                show(key, shown)
+            bar._screen.show = ends_meanwhile
+            bar.update()
+            self.assertRegex(stream.screen()[0], "^x: .*1/9")
+            self.assertEqual((len(stream.screen()), concurry._screens[id(stream)].bars if id(stream) in concurry._screens else {}),
+                             (2, {}))
+
+    def test_a_long_text(self):
+        stream = self.stream(80)
+        ProgressBar(total=1, desc="宽" * 10**6).success("说" * 10**6)
+        self.assertLess(len(stream.text), 1000)
+
     def test_from_many_threads(self):
         stream = self.stream(80)
         bar = ProgressBar(total=8000)
@@ -1515,11 +1537,12 @@ class TrackedTests(BarTestCase):
         self.assertIn("both: 100% 3/1", stream.text)
 
     def test_what_the_function_raises_is_no_matter(self):
-        def broken(*args):
-            raise KeyError("mine")
-        with self.assertLogs("concurry", "DEBUG") as logs:
-            concurry.wait([done_future(), done_future()], progress=broken)
-        self.assertIn("mine", logs.output[0])
+        for error in (KeyError("mine"), SystemExit("mine")):
+            def broken(*args, error=error):
+                raise error
+            with self.assertLogs("concurry", "DEBUG") as logs:
+                concurry.wait([done_future(), done_future()], progress=broken)
+            self.assertIn("mine", logs.output[0])
 
     def test_bad_input(self):
         for wrong, error, text in ((3, TypeError, "progress must be"), ({"colour": 1}, TypeError, "'color'"),
