@@ -5310,8 +5310,12 @@ class InsideTests(CleanTestCase):
         """Of whatever a debugger meets: its own name, and what matters."""
         limits = LimitSet([ResourceLimit("slots", 2)], config={"account": "a"})
         handle = self.start(Counter, mode="thread", max_workers=2)
+        started, go = threading.Event(), threading.Event()
+        held = handle.hold(started, go)
+        self.addCleanup(go.set)
+        started.wait(SAFETY)
         for thing, texts in (
-                (handle, ["Counter", "thread", "2 of 2 workers", " calls>"]), (handle.add(), ["Counter.add"]),
+                (handle, ["Counter", "thread", "2 of 2 workers", " calls>"]), (held, ["Counter.hold", "running"]),
                 (Counter.options(mode="sync"), ["Counter", "sync"]), (task(square, mode="sync"), ["square", "sync"]),
                 (limits, ["slots", "2"]), (limits.acquire(), ["slots", "held"]), (LimitPool([limits]), ["slots", "round_robin"]),
                 (limits.async_acquire(), ["async_acquire"]), (RetryConfig(num_retries=3), ["num_retries=3"]),
