@@ -7792,6 +7792,9 @@ class Patient(Worker):
         began.set()
         while not received:
             os.read(reader, 1)
+            # Has Python look for signals: in a process that was forked by another thread than the main one 3.13 does
+            # so only when a system call is interrupted.
+            signal.pthread_kill(threading.get_ident(), 0)
         return "cleaned up"
 
 
