@@ -10270,7 +10270,10 @@ class SignalTests(CleanTestCase):
         import collections, concurry, os, random, signal, sys
         class Boom(KeyboardInterrupt): pass
         def ring(number, frame):
-            if armed: raise Boom
+            global armed
+            if armed:
+                armed = False           # once: another one while this one is caught would be nobody's
+                raise Boom
         signal.signal(signal.SIGALRM, ring)
         armed, futures, hits = False, {}, 0
         path = sys.argv[1]
@@ -10292,7 +10295,7 @@ class SignalTests(CleanTestCase):
                     futures[n] = pool.submit(note, n)
                 armed = False
             except Boom:
-                armed, hits = False, hits + 1
+                hits += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
         concurry.wait(futures.values())
         wrong = [n for n, f in futures.items() if f.exception() is None and f.result() != n]
