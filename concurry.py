@@ -68,6 +68,29 @@ import weakref
 # What only some users need (asyncio, pickle, socket, inspect, ...) is imported where it is used:
 # `import concurry` has to be cheap.
 
+# For type checkers, which take this for true: `import concurry` shall not import typing.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import (
+        AsyncIterator, Awaitable, Callable, Collection, Container, Coroutine, Generator, Iterable, Iterator, Mapping,
+        MutableMapping, Sequence)
+    from typing import Any, AnyStr, BinaryIO, Literal, NoReturn, Optional, Protocol, TextIO, TypeVar, Union
+    from typing import Generic as _Generic
+    from typing import overload as _overload
+
+    from typing_extensions import ParamSpec, Self, TypeAlias
+
+    P = ParamSpec("P")
+    T = TypeVar("T")
+else:
+    P = T = None
+
+    class _Generic:
+        __class_getitem__ = classmethod(lambda cls, parameters: cls)
+
+    def _overload(fn):
+        return fn
+
 logger = logging.getLogger("concurry")
 
 
@@ -633,7 +656,7 @@ class _Gate(threading.Condition):
         self.waiters = []
 
 
-class BaseFuture(concurrent.futures.Future):
+class BaseFuture(concurrent.futures.Future[T]):
     """The outcome of a call, in every mode: a concurrent.futures.Future that can also be awaited.
 
     It is settled once, by whoever's `dict.setdefault` of its outcome comes first, and needs neither
