@@ -33,15 +33,17 @@ Change "thread" to "process", "asyncio", "sync" or "ray" and nothing else. The f
 Python (3.9 or newer; and Ray for that mode) and may be copied into a project, under any name.
 """
 
+from __future__ import annotations
+
 __all__ = [
     "ALL_COMPLETED", "BaseFuture", "CallLimit", "CallTimeoutError", "ExecutionMode", "Executor", "FIRST_COMPLETED",
     "FIRST_EXCEPTION", "Limit", "LimitPool", "LimitSet", "LoadBalancingAlgorithm", "ProgressBar", "RateLimit",
     "RateLimitAlgorithm", "RateWindow", "RemoteError", "ResourceLimit", "RetryAlgorithm", "RetryConfig",
     "RetryValidationError", "ReturnWhen", "TaskWorker", "Worker", "WorkerDiedError", "__version__",
-    "as_completed", "async_gather", "async_wait", "gather", "global_config", "task", "temp_config", "wait",
-    "worker", "wrap_future",
+    "as_completed", "async_gather", "async_wait", "gather", "global_config", "run_in_subprocess", "serve", "task",
+    "temp_config", "wait", "worker", "wrap_future",
 ]
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 import atexit
 import bisect
@@ -311,6 +313,24 @@ def _choice(kind):
     return (lambda value: value if isinstance(value, kind) else kind(value)), kind._choices()
 
 
+def _function(value: Any) -> Any:
+    if value is not None and (not callable(value) or _is_async(value)):
+        raise ValueError
+    return value
+
+
+def _line(value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and value.isprintable() and value):
+        raise ValueError
+    return value
+
+
+def _positional(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes)):
+        raise ValueError
+    return tuple(value)
+
+
 def _share(value):
     number = float(value)
     if isinstance(value, bool) or not 0 <= number <= 1:
@@ -362,6 +382,13 @@ _OPTIONS = {
     **_RAY_OPTIONS,
     "actor_options": (lambda value: dict(value or {}), "a dict of Ray's options for actors"),
     "crash_retries": _whole(0, none=False),
+    "max_tasks_per_worker": _whole(1),
+    "max_worker_memory": _whole(1),
+    "initializer": (_function, "a function, no coroutine function, or None"),
+    "initargs": (_positional, "a tuple of the initializer's arguments"),
+    "initkwargs": (lambda value: {**value}, "a dict of the initializer's arguments by name"),
+    "name": (_line, "a printable text, or None"),
+    "thread_factory": (_function, "a function that returns a threading.Thread, or None"),
     **_BY_METHOD,
     "retry_config": (lambda value: _read_config(value), "a RetryConfig, or None"),
 }
@@ -451,7 +478,8 @@ class _Config:
             "global", mode=None, blocking=False, max_workers=1, load_balancing=LoadBalancingAlgorithm.RoundRobin,
             load_balancing_on_demand=LoadBalancingAlgorithm.Random, on_demand=False,
             task_decorator_on_demand=True, on_demand_linger=1.0, max_queued_tasks=None,
-            unwrap_futures=True, limits=None, stop_timeout=30.0, crash_retries=0,
+            unwrap_futures=True, limits=None, stop_timeout=30.0, crash_retries=0, max_tasks_per_worker=None,
+            max_worker_memory=None, initializer=None, initargs=(), initkwargs={}, name=None, thread_factory=None,
             num_retries=0, retry_on=[Exception], retry_algorithm=RetryAlgorithm.Exponential, retry_wait=1.0,
             retry_max_wait=60.0, retry_jitter=1.0, retry_until=None, retry_config=None, call_timeout=None,
             num_cpus=None, num_gpus=None, resources=None, memory=None, actor_options={},
@@ -559,6 +587,9 @@ class _Options(types.SimpleNamespace):
             size = max(1, (os.cpu_count() or 2) - 1)
         if on_demand:
             defaults["load_balancing"] = defaults["load_balancing_on_demand"]
+        for arguments in "initargs", "initkwargs":
+            if given.get(arguments) and given.get("initializer", defaults["initializer"]) is None:
+                raise ValueError(f"{arguments}={given[arguments]!r} is not possible without an initializer")
         super().__init__(**{**defaults, **given, "mode": mode, "max_workers": size, "on_demand": on_demand})
 
     @property
@@ -706,15 +737,18 @@ class BaseFuture(concurrent.futures.Future[T]):
         """Tell whether the call has begun and not ended."""
         return self._state == "RUNNING"
 
-    def cancel(self):
+    def cancel(self, kill: bool = False) -> bool:
         """Cancel the call if it has not begun, or is a coroutine on an event loop; tell whether it is.
 
-        A cancelled call that had not begun never runs, and its place in the queue is free at once.
+        A cancelled call that had not begun never runs, and its place in the queue is free at once. With `kill`
+        one that runs is cancelled too, and ended as by a `call_timeout`: its process or actor is killed and replaced
+        (with an actor the calls are lost that were handed to it beside this one); a thread is left to itself, and
+        another worker takes its place. What runs in sync mode cannot be ended.
         """
         if not _is_begun(self.__dict__.setdefault("_claim", _CANCELLED)):
             return _settle(self, _CANCELLED, None) or self.cancelled()
         call = self.__dict__.get("_call")
-        interrupt = call and call.backend and call.backend.interruption(call)
+        interrupt = call and call.backend and call.backend.interruption(call, kill)
         # Settled before it is interrupted: what the coroutine ends with comes too late.
         if interrupt and _settle(self, _CANCELLED, None):
             interrupt()
@@ -3840,6 +3874,7 @@ class _Call:
     task = None                 # the asyncio task that carries it out
     steps = None                # the retry loop of a plain method in asyncio mode, ...
     is_again = False            # ... which has put it in line once more
+    is_unwanted = False         # it is to be ended wherever it runs
     is_late = False             # it had to wait for futures among its arguments
     count = 1                   # how many calls of the user's it stands for
     alarm = None                # the timer of its `call_timeout`
@@ -3912,12 +3947,17 @@ class _Recipe:
     def __init__(self, cls, args, kwargs, bound, options):
         self.cls, self.args, self.kwargs = cls, args, kwargs
         self.bound = bound          # the function that a TaskWorker always calls
+        self.name = options.name or cls.__name__        # of the worker, before its number
+        self.initializer, self.initargs, self.initkwargs = options.initializer, options.initargs, options.initkwargs
+        self.most_tasks, self.most_memory = options.max_tasks_per_worker, options.max_worker_memory
         self.limits = _limits_for_worker(options.limits)
         self.retries = {name: getattr(options, name) for name in _RETRY_OPTIONS}
         self.config = copy.copy(global_config)      # as it is here and now
         self.async_names = {name for name, value in _definitions(cls) if _is_async(getattr(value, "__func__", value))}
 
     def build(self):
+        if self.initializer is not None:
+            self.initializer(*self.initargs, **self.initkwargs)
         around = _here.made
         _here.building, _here.made = self, None
         try:
@@ -4198,7 +4238,7 @@ class _Tally:
     """What has become of the calls of a worker. No lock: since Python 3.10 no thread comes into the middle of a +=."""
 
     def __init__(self):
-        self.done = self.failed = self.cancelled = self.retried = self.deaths = 0
+        self.done = self.failed = self.cancelled = self.retried = self.deaths = self.retired = 0
         self.running = self.waiting = 0.0       # seconds
 
     def add(self, other):
@@ -4207,6 +4247,9 @@ class _Tally:
 
 
 # === Backends: sync, thread, asyncio ===
+
+_STARTS = 3             # in a row that failed, and the worker is given up
+
 
 class _Backend:
     """Where one worker lives. The pool says start, submit, finish and, if it must, kill.
@@ -4219,8 +4262,8 @@ class _Backend:
     prepares = False                # calls are pickled when they are submitted
     can_be_killed = True
     has_time_limits = True          # a call that takes too long can be ended
-    is_spent = False                # it was made for one call and has had it
-    is_replacement = False          # of one that was given up
+    is_spent = False                # it gets no more calls, and ends after those that it has
+    is_replacement = False          # of one that was given up or retired, or an addition: `init` is over
     future = BaseFuture             # of a call to it
 
     @staticmethod
@@ -4264,11 +4307,21 @@ class _Backend:
     def start(self):
         """Begin to build the user's object."""
 
+    def make_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
+        """Make a thread of the worker's, not started. A daemon, or a call that never returns would hang the exit of
+        the interpreter; what was submitted is finished by a hook that runs before daemons freeze.
+        """
+        make = self.pool.options.thread_factory or threading.Thread
+        thread = make(target=target, name=name, daemon=True)
+        if not isinstance(thread, threading.Thread):
+            raise TypeError(f"thread_factory must return a threading.Thread, not {thread!r}")
+        return thread
+
     def submit(self, call):
         """Take a call."""
 
-    def interruption(self, call):
-        """Return a function that stops this running call and no other; None where that is not possible."""
+    def interruption(self, call, kill):
+        """Return a function that ends this running call, at the cost of its worker with `kill`; None: there is none."""
 
     def finish(self):
         """End the worker once what was submitted is done."""
@@ -4290,7 +4343,9 @@ class _Backend:
                                deaths=call.deaths)
 
     def rest(self):
-        """Be told that an on-demand worker has nothing to do."""
+        """Be told that a worker which may be there for a while only has nothing to do."""
+        if self.is_spent:
+            self.pool.dismiss(self)
 
     def is_here(self):
         """Tell whether this thread is the worker's, so that waiting for its end would be for ever."""
@@ -4328,10 +4383,36 @@ class _Backend:
         try:
             self.runner = self.pool.context.copy().run(_Runner, self.pool.recipe, self.halt, *args)
         except BaseException as error:
-            _settle(self.started, _ERROR, _start_error(_without_our_frame(error), self))
+            self.failure = _start_error(_without_our_frame(error), self)
+            _settle(self.started, _ERROR, self.failure)
             return False
         _settle(self.started, _RESULT, None)
         return True
+
+    def _rebuild(self, *args: Any) -> bool:
+        """Make the runner again, in several tries if need be; tell whether it is there, else the pool."""
+        for _ in range(_STARTS):
+            if self._build(*args):
+                return True
+            logger.warning("%s could not be built again (%s)", self.name, self.failure)
+        self.pool.lose(self, self.failure)
+        return False
+
+
+def _show_name(name: str) -> None:
+    """Have this thread carry the name of its worker: in logs, and in what `top` shows (Linux; 15 bytes)."""
+    threading.current_thread().name = name
+    head, _, index = name.rpartition("-")
+    try:
+        file = os.open("/proc/thread-self/comm", os.O_WRONLY)
+    except OSError:
+        return
+    try:
+        os.write(file, head.encode(errors="replace")[:14 - len(index)] + b"-" + index.encode())
+    except OSError:
+        pass
+    finally:
+        os.close(file)
 
 
 def _stacks(threads):
@@ -4432,18 +4513,18 @@ class _SyncBackend(_Backend):
 
 
 class _ThreadBackend(_Backend):
-    """One thread that takes calls from a queue.
-
-    It is a daemon, or a call that never returns would hang the exit of the interpreter; what was
-    submitted is finished by a hook that runs before daemons freeze.
-    """
+    """One thread that takes calls from a queue. When it is retired, another one goes on with the same queue."""
 
     can_be_killed = False
+    is_given_up = False
 
     def start(self):
         self.inbox = queue.SimpleQueue()
         self.submit = self.inbox.put
-        self.thread = threading.Thread(target=self._main, name=self.name, daemon=True)
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        self.thread = self.make_thread(self._main, self.name)
         self.thread.start()
 
     def finish(self):
@@ -4454,8 +4535,12 @@ class _ThreadBackend(_Backend):
         if _settle(call.future, _ERROR, self.overrun_error(call, what)):
             self.pool.replace(self)
 
+    def interruption(self, call, kill):
+        return functools.partial(self.pool.replace, self) if kill else None
+
     def give_up(self):
         """Return the calls that have not begun; the thread ends when it can."""
+        self.is_given_up = True
         calls = _taken_from(self.inbox)
         self.inbox.put(None)
         return calls
@@ -4471,20 +4556,29 @@ class _ThreadBackend(_Backend):
 
     def _main(self):
         _here.is_ours = True
-        if self._build():
-            self._work()
-            self.runner.close()
-        elif self.is_replacement:
-            self.pool.lose(self, self.started.exception())
+        _show_name(self.name)
+        while (self._rebuild() if self.is_replacement else self._build()) and self._work():
+            self.tally.retired += 1
+            self.is_replacement = True
+            try:
+                self._start_thread()
+                return
+            except RuntimeError:        # at the interpreter's exit: this thread goes on, with a new object
+                self.thread = threading.current_thread()
         _settle(self.ended, _RESULT, None)
 
     def _work(self):
-        while True:
+        """Carry out calls until no more will come; return True before that if the worker is to be retired."""
+        most = self.pool.options.max_tasks_per_worker
+        for _ in itertools.count() if most is None else range(most):
             call = self.inbox.get()
             if call is None:
-                return
+                self.runner.close()
+                return False
             _carry_out(self.runner, call)
             call = None         # an idle worker must not keep the last call's arguments and result
+        self.runner.close()
+        return not self.is_given_up
 
 
 def _taken_from(inbox):
@@ -4503,8 +4597,19 @@ class _OnDemandThreadBackend(_ThreadBackend):
     A TaskWorker has no state of the user's: it serves on, and the thread lingers for a moment.
     """
 
+    def start(self):
+        super().start()
+        if self.pool.options.max_tasks_per_worker is not None:
+            self.submit = self._count
+
+    def _count(self, call):
+        self.is_spent = self.total >= self.pool.options.max_tasks_per_worker
+        self.tally.retired += self.is_spent
+        self.inbox.put(call)
+
     def _main(self):
         _here.is_ours = True
+        _show_name(self.name)
         _settle(self.started, _RESULT, None)
         keeps = self._keeps()
         linger = self.pool.options.on_demand_linger if keeps else None
@@ -4527,7 +4632,7 @@ class _OnDemandThreadBackend(_ThreadBackend):
         return self.pool.recipe.cls is TaskWorker
 
     def rest(self):
-        if not self._keeps():
+        if self.is_spent or not self._keeps():
             self.pool.dismiss(self)
 
     def _serve(self, call, runner, keeps):
@@ -4551,24 +4656,30 @@ class _OnDemandThreadBackend(_ThreadBackend):
         return runner
 
 
-_GIVEN_UP = object()            # tells a thread that another one has taken its place
-
-
 class _AsyncioBackend(_Backend):
-    """One event loop on one thread; plain methods run one at a time on a second thread beside it."""
+    """One event loop on one thread; plain methods run one at a time on a second thread beside it.
+
+    To be retired is to get a new object, on a new loop, between two calls: so many are let in at a time, and the next
+    ones are held back until all of those have ended.
+    """
 
     def start(self):
         self.inbox = collections.deque()        # for the loop
         import asyncio
-        self.loop = asyncio.new_event_loop()
         self.is_over = False
         self.is_woken = False                   # the loop knows that there is something in it
         self.waits = set()                      # tasks that wait between attempts of plain methods
         self.plain = queue.SimpleQueue()        # for the companion
-        self.thread = threading.Thread(target=self._main, name=self.name, daemon=True)
-        self.companion = threading.Thread(target=self._main_beside, name=self.name + "-plain", daemon=True)
-        self.companion.start()                  # now: at exit no thread can be started any more
+        self.held = collections.deque()         # where workers are retired: calls for the next object, ...
+        self.inside = {}                        # ... those for this one that have not ended, ...
+        self.left = self.pool.options.max_tasks_per_worker      # ... and how many more it may have
+        if self.left is not None:
+            self.submit = self._hold
+        self.thread = self.make_thread(self._main, self.name)
+        self.companion = self.make_thread(self._main_beside, self.name + "-plain")
+        self.loop = asyncio.new_event_loop()
         try:
+            self.companion.start()              # now: at exit no thread can be started any more
             self.thread.start()
         except BaseException as error:
             _settle(self.started, _ERROR, error)
@@ -4581,6 +4692,35 @@ class _AsyncioBackend(_Backend):
         else:
             self.plain.put(call)
 
+    def _hold(self, call):
+        self.held.append(call)
+        self._let_in()
+
+    def _let_in(self, refused=()):
+        """Send the calls on that this object may still have; for the one who places."""
+        while self.held and self.left > 0:
+            call = self.held[0]
+            if call in self.calls:              # it is not settled yet
+                self.inside[call] = None
+                self.left -= 1
+                _attend(call.future, "_wakers", functools.partial(self._let_out, call))
+                type(self).submit(self, call)
+            self.held.popleft()
+        self._let_out(None)
+
+    def _let_out(self, call, future=None):
+        self.inside.pop(call, None)
+        if self.left <= 0 and not self.inside and not self.is_over:
+            try:
+                self.loop.call_soon_threadsafe(self._retire)
+            except RuntimeError:                # it is closed: somebody else was quicker
+                pass
+
+    def _retire(self):
+        """Have the loop end for another one to take its place; on the loop, perhaps more than once."""
+        if self.left <= 0 and not self.inside:
+            self.loop.stop()
+
     def finish(self):
         self.plain.put(None)
 
@@ -4590,28 +4730,30 @@ class _AsyncioBackend(_Backend):
         self._stop_loop()
         super().kill(why)
 
-    def interruption(self, call):
+    def interruption(self, call, kill):
         task = call.task
-        return task and functools.partial(self.loop.call_soon_threadsafe, task.cancel)
+        if task:
+            return functools.partial(self._interrupt, task)
+        return self._replace_companion if kill else None
+
+    def _interrupt(self, task):
+        try:
+            task.get_loop().call_soon_threadsafe(task.cancel)
+        except RuntimeError:        # it is closed, and the task cancelled by that
+            pass
 
     def overrun(self, call):
-        interrupt = self.interruption(call)
-        what = "it was cancelled" if interrupt else "a thread cannot be killed, it is left to itself"
+        what = "it was cancelled" if call.task else "a thread cannot be killed, it is left to itself"
+        interrupt = self.interruption(call, True)
         if _settle(call.future, _ERROR, self.overrun_error(call, what)):
-            (interrupt or self._replace_companion)()
+            interrupt()
 
     def _replace_companion(self):
-        """Have the plain methods go on on another thread: this one does not return from the last."""
-        logger.warning("%s: a plain method runs for too long, and its thread is left to itself", self.name)
+        """Have the plain methods go on on another thread, which listens to the same queue: this one may never return."""
+        logger.warning("%s: a plain method is given up, and its thread left to itself", self.name)
         self.tally.deaths += 1
-        stuck, self.plain = self.plain, queue.SimpleQueue()
-        self.companion = threading.Thread(target=self._main_beside, name=self.name + "-plain", daemon=True)
+        self.companion = self.make_thread(self._main_beside, self.name + "-plain")
         self.companion.start()
-        for call in _taken_from(stuck):
-            self.plain.put(call)
-        stuck.put(_GIVEN_UP)
-        if self.pool.is_finishing and not self.pool.calls:
-            self.plain.put(None)
 
     def is_here(self):
         return threading.current_thread() in (self.thread, self.companion)
@@ -4688,24 +4830,46 @@ class _AsyncioBackend(_Backend):
     def _main(self):
         import asyncio
         _here.is_ours = True
+        _show_name(self.name)
+        try:
+            self._live()
+            while not self.is_over:
+                self.tally.retired += 1
+                self.is_replacement = True
+                self.loop = asyncio.new_event_loop()
+                self.loop.call_soon(self._begin_calls)      # of what has come since the other one was left
+                self._live()
+            self.companion.join()
+        finally:
+            _settle(self.ended, _RESULT, None)
+
+    def _live(self):
+        """Serve on a loop until it is stopped, and close it."""
+        import asyncio
         asyncio.set_event_loop(self.loop)
         self.loop.create_task(self._build_on_loop())
-        while not self.is_over:
+        is_left = False
+        while not is_left:
             try:
                 self.loop.run_forever()
+                is_left = True
             except BaseException:       # a SystemExit in a task of the user's own
                 logger.exception("exception on the event loop of %s; the loop goes on", self.name)
         try:
             if self.runner is not None:
                 self.runner.close()
-            _close_loop(self.loop)
-            self.companion.join()
         finally:
-            _settle(self.ended, _RESULT, None)
+            _close_loop(self.loop)
 
     async def _build_on_loop(self):
-        if not self._build(self.loop):
-            self._stop()
+        if not self.is_replacement:
+            if not self._build(self.loop):
+                self._stop()
+        elif self._rebuild(self.loop):
+            self.left = self.pool.options.max_tasks_per_worker
+            self.pool.have(self._let_in)
+        else:
+            self.plain.put(None)
 
     def _stop(self):
         self.is_over = True
@@ -4713,17 +4877,16 @@ class _AsyncioBackend(_Backend):
 
     def _main_beside(self):
         _here.is_ours = True
-        plain = self.plain
+        me = threading.current_thread()
+        _show_name(me.name)
         if self.started.exception() is None:
-            while True:
-                call = plain.get()
-                if call is _GIVEN_UP:
-                    return
+            while self.companion is me:
+                call = self.plain.get()
                 if call is None:
+                    self._stop_loop()
                     break
                 self._serve(call)
                 call = None
-            self._stop_loop()
 
     def _stop_loop(self):
         try:
@@ -4805,7 +4968,10 @@ class _OnDemand:
     """A worker elsewhere that is made for one call; one for functions stays until it has been idle for a moment."""
 
     def submit(self, call):
-        self.is_spent = self.pool.recipe.cls is not TaskWorker
+        most = self.pool.options.max_tasks_per_worker
+        is_retired = most is not None and self.total >= most
+        self.tally.retired += is_retired
+        self.is_spent = is_retired or self.pool.recipe.cls is not TaskWorker
         super().submit(call)
 
     def rest(self):
@@ -5917,6 +6083,20 @@ class _Process:
             except ProcessLookupError:
                 pass
 
+    def halt(self) -> None:
+        """Stop the process until it gets SIGCONT; return when it does nothing any more, where that can be seen."""
+        import signal
+        self.kill(signal.SIGSTOP)
+        deadline = time.monotonic() + 1         # one that does not stop is asleep in the kernel: it does nothing
+        try:
+            while time.monotonic() < deadline:
+                with open(f"/proc/{self.pid}/stat", "rb", 0) as file:
+                    if file.read().rpartition(b") ")[2][:1] in b"TZX":
+                        break
+                time.sleep(0)
+        except OSError:
+            pass
+
     def exitcode(self):
         """Return the exit status, or minus the signal's number, or None when unknown.
 
@@ -6282,7 +6462,7 @@ def _run_worker(main, connection, link, *parent, prepare=None):
                      *(_own(open(pidfd, "rb", 0)) for pidfd in parent))
         with _own(socket.socket(fileno=connection)) as worker_end:
             globals()[main](worker_end)
-        code = 0
+        code = _exit_code
     except SystemExit:          # of a signal handler, between two calls
         pass
     except BaseException:
@@ -6339,9 +6519,9 @@ _INDEX = struct.Struct("<I")            # of the worker in its pool: what it rec
 # Kinds of message: to the worker ...
 _PLACE, _RECIPE, _SHARED, _FORGET, _VALUES, _CALL = range(6)
 # ... from it, ...
-_BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETRIED, _RETURNED, _RAISED, _NOT_LOADED = range(6, 14)
+_BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETRIED, _RETIRED, _RETURNED, _RAISED, _NOT_LOADED = range(6, 15)
 # ... and to it on its second socket.
-_VERDICT = 14
+_VERDICT = 15
 
 
 def _message(kind, portable, number=0):
@@ -6465,7 +6645,6 @@ class _Inbox:
 
 _QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead ...
 _AHEAD = 16             # ... so many: they cannot be cancelled any more, but save waiting for each
-_STARTS = 3             # in a row that failed, and the worker is given up
 
 _DUMP_TIMEOUT = 1.0     # seconds: what has not begun to write them by then does not run
 _DUMP_PAUSE = 0.1       # seconds without more of it: that was all, for nothing tells its end
@@ -6565,6 +6744,7 @@ def _worker_main(connection):
                 recipe = _load(_loads, data, buffers)
             elif isinstance(recipe.limits, LimitPool):
                 recipe.limits = copy.copy(recipe.limits)        # with a round of its own
+            _show_name(f"{recipe.name}-{_worker_index}")
             global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
             runner = _Runner(recipe, _upstream.halt)
         except BaseException as error:
@@ -6573,8 +6753,7 @@ def _worker_main(connection):
         _pin(type(runner.target))
         _upstream.send(_message(_BUILT, (b"", [])))
         try:
-            while True:
-                _serve(connection, runner)
+            _serve_all(connection, runner, recipe.most_tasks, recipe.most_memory)
         finally:
             runner.close()
             _finish_all()               # the pools of its own
@@ -6604,8 +6783,35 @@ def _load(loads, *args):
         _here.is_loading = False
 
 
+def _serve_all(connection: socket.socket, runner: _Runner, most_tasks: int | None, most_memory: int | None) -> None:
+    """Serve until the parent hangs up, or the worker has had so many calls, or holds so many bytes after one.
+
+    What it then leaves unread has not begun: the parent finds it, and gives it to the next.
+    """
+    served = memory = 0
+    while served != most_tasks:
+        if _serve(connection, runner):
+            served += 1
+            if most_memory is not None:
+                memory = _memory_held()
+                if memory > most_memory:
+                    break
+    _upstream.send(_message(_RETIRED, (b"", []), memory >> 10))
+
+
+def _memory_held() -> int:
+    """Return the bytes of memory that this process has resident; where that is not told, the most it ever had."""
+    try:
+        with open("/proc/self/statm", "rb", 0) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most << 10
+
+
 def _serve(connection, runner):
-    """Take one message from the parent; carry it out, and answer, if it is a call."""
+    """Take one message from the parent; carry it out, and answer, if it is a call: tell whether it was."""
     kind, shared, data, buffers = _receive(connection)
     if kind == _CALL:
         began = time.perf_counter()
@@ -6614,7 +6820,8 @@ def _serve(connection, runner):
             retried, runner.halt.retried = runner.halt.retried, 0
             _upstream.send(_message(_RETRIED, (b"", []), retried))
         _upstream.send(_message(*answer, int((time.perf_counter() - began) * 1e6)))
-    elif kind == _VALUES:
+        return True
+    if kind == _VALUES:
         _Place.values = data, buffers       # loaded with the call, which has begun then
     elif kind == _SHARED:
         number, size = _loads(data)
@@ -6622,6 +6829,7 @@ def _serve(connection, runner):
     elif kind == _FORGET:
         for number in _loads(data):
             _Shared.functions.pop(number, None)
+    return False
 
 
 def _answer(runner, shared, data, buffers):
@@ -6860,6 +7068,7 @@ class _Link:
         self.is_built = False
         self.is_blocked = False             # the socket is full; the reader watches for room
         self.has_begun = False              # a call, ever
+        self.retirement = None              # a timer: it takes no more calls, and is about to end
         self.is_broken = False              # by us: that is no failure of the worker
 
     def send(self, parts, call=None):
@@ -6997,6 +7206,7 @@ class _ProcessBackend(_Backend):
         self.pace = 1e6                         # microseconds a call takes, about
         self.is_finishing = False
         self.killed = None                      # why, in words
+        self.exitcode = None                    # of the last process that has ended
         self.reader = _reader_for(self)
         self.reader.post(self._launch)
 
@@ -7027,7 +7237,7 @@ class _ProcessBackend(_Backend):
 
     def _is_hungry(self):
         link = self.link
-        if link is None or link.is_blocked or self.dead is not None:
+        if link is None or link.is_blocked or self.dead is not None or link.retirement is not None:
             return False
         if not link.is_built:
             return link.outbox              # the recipe, perhaps
@@ -7059,10 +7269,29 @@ class _ProcessBackend(_Backend):
             for call, _ in list(link.sent)[:1]:
                 self.pool.keeper.watch(call)
 
+    def interruption(self, call, kill):
+        return functools.partial(self.reader.post, self._end_call, call) if kill else None
+
     def overrun(self, call):
+        self._end_call(call)
+
+    def _end_call(self, call):
+        """Kill the process that carries out this call; on the reader's thread.
+
+        It is halted first, where others have been sent after this one: it might have begun the next.
+        """
+        call.is_unwanted = True
         link = self.link
-        if link is not None and link.sent and link.sent[0][0] is call:
+        if link is None or link.process is None or all(sent is not call for sent, _ in list(link.sent)):
+            return
+        is_halted = len(link.sent) > 1
+        if is_halted:
+            link.process.halt()
+            self._hear(link, selectors.EVENT_READ)
+        if link.sent and link.sent[0][0] is call:
             link.process.kill()
+        elif is_halted:
+            link.process.kill(18)       # CONT
 
     def _news(self, link, shared):
         """Return the messages that must be there before the call: a shared function, and the end of others."""
@@ -7114,10 +7343,16 @@ class _ProcessBackend(_Backend):
             link.show(*_pickle().loads(data))
         elif kind == _RETRIED:
             self.halt.retried += took
+        elif kind == _RETIRED:
+            link.retirement = self.reader.later(self.pool.options.stop_timeout, link.process.kill)
+            logger.debug("%s (pid %d) is retired%s", self.name, link.process.pid,
+                         f": it holds {took >> 10} MiB after a call" if took else "")
         elif kind >= _RETURNED:
             if not link.sent:
                 raise ValueError("an answer to no call")
             call, _ = link.sent.popleft()
+            if link.sent and link.sent[0][0].is_unwanted:
+                self.reader.todo.append((self._end_call, (link.sent[0][0],)))
             link.has_begun = True
             call.began = _now() - took / 1e6
             self._watch_first(link)
@@ -7196,6 +7431,7 @@ class _ProcessBackend(_Backend):
             del self.turn["is"]
         link.give_back()
         pid, exitcode = link.process.pid, link.process.exitcode()
+        self.exitcode = exitcode
         self._unwatch(link)
         link.close()
         for call in begun:
@@ -7207,7 +7443,10 @@ class _ProcessBackend(_Backend):
             self._fail(call, self.stopped(call, self.killed, bool(call.deaths)))
         if begun:
             self.failures = 0
-        if begun or not self.is_finishing:
+        if link.retirement is not None:
+            self.reader.cancel(link.retirement)
+            self.tally.retired += 1
+        elif begun or not self.is_finishing:
             self.tally.deaths += 1
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
 
@@ -7271,9 +7510,10 @@ class _ProcessBackend(_Backend):
             self._end()
             self.pool.dismiss(self)
             return
-        logger.warning("%s (pid %d) died, exit code %s: its state is lost, a new process takes its place",
-                       self.name, pid, exitcode)
-        self.pool.restarts += 1
+        if link.retirement is None:
+            logger.warning("%s (pid %d) died, exit code %s: its state is lost, a new process takes its place",
+                           self.name, pid, exitcode)
+            self.pool.restarts += 1
         self._launch()
 
     def _failed_to_start(self, error):
@@ -7466,7 +7706,9 @@ class _WrongContext(TypeError):
 
 
 def _recipe_parts(recipe):
-    names = {"the class": recipe.cls}
+    names = {"the class": recipe.cls, "initializer": recipe.initializer}
+    names.update((f"initargs[{n}]", arg) for n, arg in enumerate(recipe.initargs))
+    names.update((f"initkwargs[{name!r}]", arg) for name, arg in recipe.initkwargs.items())
     names.update((f"argument {n}", arg) for n, arg in enumerate(recipe.args, 1))
     names.update((f"argument {name!r}", arg) for name, arg in recipe.kwargs.items())
     return names
@@ -7945,7 +8187,7 @@ class _RayBackend(_Backend):
             if each._home.is_far and each._home.way is not None and each._home.way.over:
                 raise RuntimeError(each._home.way.over)
         coroutines = _async_names(recipe)
-        cls = _actor_class(recipe.cls.__name__, bool(coroutines)).options(**_actor_options(options))
+        cls = _actor_class(recipe.name, bool(coroutines)).options(**_actor_options(options))
         portable, refs = _with_refs(_dumps, recipe, lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
         return cls, (*_own_module(), "_Actor", _packed(_frozen(portable), refs), _lineage), coroutines
 
@@ -7999,6 +8241,8 @@ class _RayBackend(_Backend):
         self.has_begun = False                  # a call, perhaps, on this actor
         self.failures = 0                       # starts in a row that came to nothing
         self.pace = 1e6                         # microseconds a call takes, about
+        self.left = self.most = self.pool.options.max_tasks_per_worker or sys.maxsize       # calls for this actor
+        self.is_retiring = False                # it has had all its calls, and is about to end
         self.is_finishing = self.is_over = False
         self.killed = None                      # why, in words
         self.cls, self.arguments, self.coroutines = self.pool.setup
@@ -8048,10 +8292,13 @@ class _RayBackend(_Backend):
         for call in reversed(self.lost):
             (self.side_by_side if call.method in self.coroutines else self.queue).appendleft(call)
         self.lost.clear()
-        while self.side_by_side:
+        while self.side_by_side and self.left:
             self._hand_over(self.side_by_side.popleft())
-        while self.queue and self.ahead < self._window():
+        while self.queue and self.ahead < self._window() and self.left:
             self._hand_over(self.queue.popleft())
+        if not (self.left or self.handed or self.is_finishing):
+            self.is_built, self.is_retiring = False, True
+            self._close(self.actor)
 
     def _hand_over(self, call):
         message, dependencies = call.message, call.dependencies
@@ -8066,6 +8313,7 @@ class _RayBackend(_Backend):
             _settle(call.future, _ERROR, error)
             return
         self.handed[call] = refs, self.actor, self.pid
+        self.left -= 1
         self.ahead += call.method not in self.coroutines
         if self.coroutines:
             refs[0]._on_completed(functools.partial(self.post, self._hear, call))
@@ -8148,7 +8396,8 @@ class _RayBackend(_Backend):
         if self.is_finishing:
             self._end()
             return
-        self.is_built = self.has_begun = False
+        self.is_built = self.has_begun = self.is_retiring = False
+        self.left = self.most
         try:
             _ray()                          # else Ray would start itself
             self.actor = self.cls.remote(*self.arguments, self.index)
@@ -8192,7 +8441,10 @@ class _RayBackend(_Backend):
                 way.mourn(actor._actor_id.hex(), self.process if is_restarted else None)
         if actor is not self.actor:
             return
-        self.tally.deaths += not self.is_finishing
+        if self.is_retiring:
+            self.tally.retired += 1
+        else:
+            self.tally.deaths += not self.is_finishing
         if is_restarted and not self.is_finishing:
             logger.warning("the actor of %s (pid %s) died: its state is lost, Ray restarts it", self.name, self.pid)
             self.pool.restarts += 1
@@ -8213,6 +8465,8 @@ class _RayBackend(_Backend):
         elif self.is_spent and not self.calls:      # nobody would use another one
             self._end()
             self.pool.dismiss(self)
+        elif self.is_retiring:
+            self._launch_again()
         else:
             logger.warning("the actor of %s (pid %s) died: its state is lost, a new one takes its place (%s)",
                            self.name, self.pid, _cause_of_death(error))
@@ -8251,6 +8505,14 @@ class _RayBackend(_Backend):
 
     # Ending. What has to reach a worker in the middle of a call is said on the reader's thread.
 
+    def interruption(self, call, kill):
+        return functools.partial(self.reader.post, self._end_call, call) if kill else None
+
+    def _end_call(self, call):
+        handed = self.handed.get(call)
+        if handed is not None:
+            _kill_actor(handed[1])
+
     def hurry(self):
         self.reader.post(self._hurry)
 
@@ -8263,14 +8525,16 @@ class _RayBackend(_Backend):
 
     def finish(self):
         self.is_finishing = True
-        self.post(self._close)
+        self.post(self._end_actor)
 
-    def _close(self):
-        """Have the actor drop its object, then end it."""
-        actor = self.actor
-        if actor is None or not self.is_built:
+    def _end_actor(self):
+        if self.actor is None or not self.is_built:
             self._terminate()
-            return
+        else:
+            self._close(self.actor)
+
+    def _close(self, actor):
+        """Have the actor drop its object, then end it."""
         try:
             _ray()
             actor.do.remote("close")._on_completed(lambda _: self.post(_kill_actor, actor))
@@ -9065,11 +9329,13 @@ class _Pool:
     def __init__(self, recipe, options):
         self.recipe = recipe
         self.options = options
-        self.name = recipe.cls.__name__
+        self.name = recipe.name
         self.bound = recipe.bound
         self.room = options.room
         self.balancer = _BALANCERS[options.load_balancing]()
         self.choose = self._choose_or_grow if options.on_demand else self.balancer.choose
+        self.rests = options.on_demand      # a worker is told when it has nothing to do: it may be about to go
+        self.leaving: dict[_Backend, None] = {}     # workers that were told to end, and have not yet
         self.kind = kind = _BACKENDS[options.mode, options.on_demand]
         self.runs_inline, self.prepares, self.make_future = kind.runs_inline, kind.prepares, kind.future
         self.on_demand = options.on_demand
@@ -9085,6 +9351,7 @@ class _Pool:
         self.closed = None              # why no call is taken any more, in words
         self.is_finishing = False       # the workers end when the last call has
         self.once = itertools.count()   # who asks first gets 0: ending is done once
+        self.over: BaseFuture[None] = BaseFuture()      # `stop` has done all it could
         self.broken = None              # why nobody takes the next call: what the last worker was given up for
         self.keeper = None              # of the time of its calls, if they have limits
         self.kept = {}                  # limit sets that its calls have brought to processes
@@ -9281,7 +9548,7 @@ class _Pool:
         backend.calls[call] = None
         if call not in self.calls:      # settled since: who did that may not have seen the backend
             backend.calls.pop(call, None)
-            if self.on_demand and not backend.calls:
+            if self.rests and not backend.calls:
                 backend.rest()          # it may have been made for this call
             return
         backend.total += 1
@@ -9335,7 +9602,7 @@ class _Pool:
             tally.waiting += began - call.since
         if backend is not None:
             backend.calls.pop(call, None)
-            if self.on_demand and not backend.calls:
+            if self.rests and not backend.calls:
                 backend.rest()
         if call.gate is not None:
             call.open_gate()
@@ -9349,14 +9616,57 @@ class _Pool:
             self._finish()
 
     def dismiss(self, backend):
-        """Have a worker of an on-demand pool end, if it is idle when its turn comes."""
-        self.chores.append(functools.partial(self._dismiss, backend))
-        self.place()
+        """Have a worker end, if it is idle when its turn comes."""
+        self.have(functools.partial(self._dismiss, backend))
 
     def _dismiss(self, backend, refused):
         if not backend.calls and backend in self.backends:
             self._remove(backend)
+            self.leaving[backend] = None
+            _attend(backend.ended, "_wakers", lambda ended: self.leaving.pop(backend, None))
             backend.finish()
+            if not (self.on_demand or any(other.is_spent for other in self.backends)):
+                self.rests, self.choose = False, self.balancer.choose
+
+    def resize(self, size: int) -> None:
+        """Add workers, or have some go, so that there are so many; wait until the new ones are built."""
+        if self.closed is not None:
+            raise RuntimeError(f"cannot resize {self.name}: it is stopped or shut down")
+        if self.options.mode in _ONE_WORKER:
+            if size != 1:
+                raise ValueError(f"size={size} is not possible: mode {self.options.mode.value!r} has exactly one worker")
+            return
+        self.options.max_workers = size
+        added: BaseFuture[list[_Backend]] = BaseFuture()
+        self.have(functools.partial(self._resize, size, [], added))
+        if self.turn.get("is") == [threading.get_ident()]:      # we have interrupted that
+            return
+        _run(_settled_of({backend.started for backend in added.result()}, ALL_COMPLETED), None)
+        failed = [error for backend in added.result() for error in [backend.started.exception()] if error is not None]
+        if failed:
+            self.options.max_workers = max(1, size - len(failed))
+            raise failed[0]
+
+    def _resize(self, size: int, added: list[_Backend], outcome: BaseFuture[list[_Backend]], refused: object) -> None:
+        staying = self._usable()
+        try:
+            while len(staying) + len(added) < size and not self.on_demand and self.closed is None:
+                backend = self._grow()
+                backend.is_replacement = True
+                added.append(backend)
+        except Exception as error:
+            _settle(outcome, _ERROR, error)
+        # The idle ones first, and of those the last.
+        for backend in sorted(staying, key=lambda each: (len(each.calls), -each.index))[:max(0, len(staying) - size)]:
+            backend.is_spent = self.rests = True
+            if not self.on_demand:
+                self.choose = self._choose_staying
+            if not backend.calls:
+                self._dismiss(backend, refused)
+        _settle(outcome, _RESULT, added)
+
+    def _choose_staying(self, backends: list[_Backend], room: float) -> _Backend | None:
+        return self.balancer.choose(self._usable(), room)
 
     def _remove(self, backend):
         # A new list: others may be reading the old one.
@@ -9366,24 +9676,28 @@ class _Pool:
         backend.tally.retried = backend.halt.retried
         self.tally.add(backend.tally)
 
+    def have(self, chore: Callable[[list[tuple[_Call, BaseException]]], None]) -> None:
+        """Have something done by the one who places, perhaps twice; from any thread. It may add to the refused."""
+        self.chores.append(chore)
+        self.place()
+
     def replace(self, backend):
         """Have a new worker take the place of one that is left to itself; from any thread."""
-        self.chores.append(functools.partial(self._replace, backend))
-        self.place()
+        self.have(functools.partial(self._replace, backend))
 
     def _replace(self, backend, refused):
         if backend not in self.backends:
             return
         calls = [call for call in backend.give_up() if call in self.calls]
-        logger.warning("%s runs a call for too long: its thread is left to itself and its state is lost, a new worker "
-                       "takes its place", backend.name)
+        logger.warning("%s is given up with the call that it runs: its thread is left to itself and its state is lost, a "
+                       "new worker takes its place", backend.name)
         backend.tally.deaths += 1
         self._remove(backend)
         for call in calls:
             backend.calls.pop(call, None)
             call.backend = None
         self.backlog.extendleft(reversed(calls))
-        if self.on_demand or self.is_stopped or self.is_finishing and not self.calls:
+        if self.on_demand or backend.is_spent or self.is_stopped or self.is_finishing and not self.calls:
             return
         self.restarts += 1
         new = self.kind(self, backend.index)
@@ -9398,8 +9712,7 @@ class _Pool:
 
     def lose(self, backend, error):
         """Give up a worker that cannot be started: the others take over, or all fails with this error."""
-        self.chores.append(functools.partial(self._lose, backend, error))
-        self.place()
+        self.have(functools.partial(self._lose, backend, error))
 
     def _lose(self, backend, error, refused):
         self._remove(backend)
@@ -9455,31 +9768,71 @@ class _Pool:
         """Yield what to wait for until all calls and workers have ended."""
         while self.calls:
             yield from _settled_of({call.future for call in list(self.calls)}, ALL_COMPLETED)
-        yield from _settled_of({backend.ended for backend in list(self.backends)}, ALL_COMPLETED)
+        yield from _settled_of({backend.ended for backend in [*self.backends, *self.leaving]}, ALL_COMPLETED)
 
-    def stop(self, timeout=None):
-        """Drop what has not begun, let what runs finish within the timeout, then end it the hard way."""
+    def stop(self, timeout=None, join=True):
+        """Drop what has not begun, let what runs finish within the timeout, then end it the hard way.
+
+        Without `join` all but the first is done on a thread beside.
+        """
         if self.is_stopped:
             return
         self.is_stopped = True
         self.close("it is stopped")
         timeout = self.options.stop_timeout if timeout is None else timeout
-        why = f"was stopped after {timeout:g} s"
+        end = functools.partial(self._end, next(self.once) == 0, timeout, f"was stopped after {timeout:g} s")
         try:
-            self._stop(timeout, why)
-        except BaseException:           # Ctrl-C: as if the time were over, but without waiting
+            dropped = sum(_withdraw(call.future) for call in list(self.calls))
+            if dropped:
+                logger.warning("%s was stopped: %d calls that had not begun were cancelled", self.name, dropped)
             for backend in list(self.backends):
-                backend.kill(why)
+                backend.hurry()
+        except BaseException:
+            end(join=False)
             raise
+        if not join:
+            try:
+                threading.Thread(target=end, name=f"stop of {self.name}", daemon=True).start()
+                return
+            except RuntimeError:        # at the interpreter's exit
+                pass
+        end()
 
-    def _stop(self, timeout, why):
-        is_first = next(self.once) == 0
+    def join(self, timeout: float | None) -> bool:
+        """Wait until the end that has been begun is there; tell whether it is."""
+        if self.closed is None:
+            raise RuntimeError(f"cannot join {self.name}: it is neither stopped nor shut down")
+        if self._is_here():
+            raise RuntimeError(f"cannot join {self.name}: this call of it would wait for itself")
+        if self.is_stopped:
+            return not _run(_settled_of({self.over}, ALL_COMPLETED), timeout).not_done
         deadline = _deadline(timeout)
-        dropped = sum(_withdraw(call.future) for call in list(self.calls))
-        if dropped:
-            logger.warning("%s was stopped: %d calls that had not begun were cancelled", self.name, dropped)
+        while self.calls and _left(deadline) != 0:
+            _run(_settled_of({call.future for call in list(self.calls)}, ALL_COMPLETED), _left(deadline))
+        ended = {backend.ended for backend in [*self.backends, *self.leaving]}
+        if self.calls or _run(_settled_of(ended, ALL_COMPLETED), _left(deadline)).not_done:
+            return False
+        self._let_go()
+        return True
+
+    def _end(self, is_first, timeout, why, join=True):
+        try:
+            if join:
+                self._end_running(is_first, timeout, why)
+            else:
+                self._kill_all(why)
+        except BaseException:           # Ctrl-C: as if the time were over, but without waiting
+            self._kill_all(why)
+            raise
+        finally:
+            _settle(self.over, _RESULT, None)
+
+    def _kill_all(self, why):
         for backend in list(self.backends):
-            backend.hurry()
+            backend.kill(why)
+
+    def _end_running(self, is_first, timeout, why):
+        deadline = _deadline(timeout)
         mine = {_calling.get()}.union(*(backend.calls_here() for backend in self.backends))
         running = [call for call in list(self.calls) if call not in mine]       # whoever stops cannot wait for itself
         waited_for = {call.future for call in running if call.backend is None or not call.backend.stalls_here()}
@@ -9496,7 +9849,7 @@ class _Pool:
 
     def _see_them_end(self, deadline, why):
         """Wait for the workers; kill those that are late; warn of what cannot be killed."""
-        ended = {backend.ended: backend for backend in list(self.backends) if not backend.is_here()}
+        ended = {backend.ended: backend for backend in [*self.backends, *self.leaving] if not backend.is_here()}
         late = _run(_settled_of(set(ended), ALL_COMPLETED), max(_left(deadline), 0.05)).not_done
         for future in late:
             ended[future].kill(why)
@@ -9505,9 +9858,8 @@ class _Pool:
         self._let_go()
         alive = sum(not future.done() for future in ended)
         if alive:
-            import warnings
-            warnings.warn(f"{alive} workers of {self.name} go on although it was stopped: a thread cannot be killed",
-                          ResourceWarning, stacklevel=4)
+            _warn(f"{alive} workers of {self.name} go on although it was stopped: a thread cannot be killed",
+                  ResourceWarning)
 
     def _let_go(self):
         if self.keeper is not None:
@@ -9556,7 +9908,7 @@ class _Pool:
         is_told = self.options.mode is not ExecutionMode.Ray        # whose actors do not count their retries
         return {"done": tally.done, "failed": tally.failed, "cancelled": tally.cancelled, "running": running,
                 "queued": len(calls) - running, "retried": tally.retried if is_told else None, "deaths": tally.deaths,
-                "time_running": tally.running, "time_waiting": tally.waiting}
+                "retired": tally.retired, "time_running": tally.running, "time_waiting": tally.waiting}
 
     def dump(self, file):
         """Print where each worker is."""
@@ -9571,6 +9923,15 @@ class _Pool:
         waiting = sum(call.backend is None for call in list(self.calls))
         if waiting:
             print(f"{self.name}: {waiting} calls wait for a worker, or for futures among their arguments", file=file)
+
+
+def _warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of whoever has called this module."""
+    import warnings
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals is globals():
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _finish_all():
@@ -9591,6 +9952,7 @@ def _finish_all():
     for pool in pools:
         pool.finish()
     _run(_settled_of({backend.ended for backend in backends}, ALL_COMPLETED), _GRACE)
+    _run(_settled_of({pool.over for pool in _pools if pool.is_stopped}, ALL_COMPLETED), None)
 
 
 def _abandon_all():
@@ -9640,18 +10002,37 @@ class _Handle:
         future = self._pool.submit(method, args, kwargs)
         return future.result() if self._pool.options.blocking else future
 
-    def stop(self, timeout=None):
+    def stop(self, timeout=None, join=True):
         """Drop: take no more calls, cancel what has not begun, end what does not end by itself.
 
         What runs may finish within `timeout` seconds (None: `global_config`'s `stop_timeout`, 30).
         Then coroutines are cancelled; processes are killed, TERM first and KILL a second later, and
         their calls fail with WorkerDiedError; threads are left to themselves with a ResourceWarning,
         and their calls fail likewise. No future stays unfinished, but that of a call which itself
-        stops its worker. May be called from any thread; a second call returns at once.
+        stops its worker. May be called from any thread; a second call returns at once. Without `join` it
+        returns when what has not begun is cancelled: the rest is done on a thread beside, see `join()`.
         """
         if timeout is not None:
             timeout = _parse("timeout", timeout, {"timeout": (_seconds, "a number of seconds from 0")})
-        self._pool.stop(timeout)
+        self._pool.stop(timeout, join)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the end is there that `stop(join=False)` or `shutdown(wait=False)` has begun.
+
+        At most `timeout` seconds (None: for ever); tells whether it is. Raises RuntimeError when none has been
+        begun, and in a call of the worker itself.
+        """
+        return self._pool.join(timeout)
+
+    def resize(self, n: int) -> None:
+        """Make this a pool of `n` workers: add some, or retire some, the idle ones first; on demand: at most so many.
+
+        Waits until the new ones are built, and raises what a constructor raised: then there are as many workers as
+        could be built. Who is retired gets no more calls, and ends after those that it has: nothing is lost.
+        Raises ValueError for what is no whole number from 1, and in sync and asyncio mode, which have
+        one worker; RuntimeError when the pool is stopped or shut down.
+        """
+        self._pool.resize(_parse("n", n, {"n": _whole(1, none=False)}))
 
     def close(self):
         """Do what `stop()` does."""
@@ -9679,7 +10060,9 @@ class _Handle:
 
         done, failed, cancelled: calls that have ended; running, queued: those that have not (a call that
             was sent to a quick process ahead of its turn counts as running).
-        retried: further attempts; None in ray mode. deaths: of processes or actors, unless they were stopped.
+        retried: further attempts; None in ray mode. deaths: of processes or actors, unless they were stopped, and
+            threads that were given up. retired: workers whose place another one took after `max_tasks_per_worker`
+            calls, or because of `max_worker_memory`.
         time_running, time_waiting: seconds, in all, of the calls that have ended: from their beginning to their end,
             and from their submission (the end of the last future among their arguments) to their beginning.
         """
@@ -9992,11 +10375,7 @@ def _check_model(cls, mode):
     import importlib.util
     if cls not in _warned_models and ("ray" in sys.modules or importlib.util.find_spec("ray")):
         _warned_models.add(cls)
-        import warnings
-        level, frame = 1, sys._getframe()
-        while frame.f_globals is globals():     # up to who makes the worker
-            level, frame = level + 1, frame.f_back
-        warnings.warn(f"in mode 'ray' this class would not do: {reason}", stacklevel=level)
+        _warn(f"in mode 'ray' this class would not do: {reason}")
 
 
 _warned_models = weakref.WeakSet()
@@ -10351,6 +10730,175 @@ def task(fn=None, /, **options):
     if given.get("mode"):
         _Options(given, sized=True)
     return (lambda fn: _TaskFunction(fn, given)) if fn is None else _TaskFunction(fn, given)
+
+
+class _Subprocess:
+    """A function in an interpreter of its own, as `run_in_subprocess` returns it: like multiprocessing.Process."""
+
+    def __init__(self, pool: _Pool, future: BaseFuture[Any]) -> None:
+        self._backend, self._future = pool.backends[0], future
+        self.name, self.pid = self._backend.name, self._backend.link.process.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """What the process returned: 0, 1 if the function raised, the code of its SystemExit; minus the number of the
+        signal that ended it; None while it runs, or where it is not known.
+        """
+        return self._backend.exitcode
+
+    def is_alive(self) -> bool:
+        """Tell whether the process is there."""
+        return not self._backend.ended.done()
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the process runs."""
+        return self.exitcode
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the process has ended, at most `timeout` seconds (None: for ever); `is_alive()` tells then."""
+        wait([self._backend.ended], timeout)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return what the function returned, or raise what it raised; wait as `BaseFuture.result` does.
+
+        WorkerDiedError when the process ended before that, by a signal, say.
+        """
+        return self._future.result(timeout)
+
+    def terminate(self) -> None:
+        """End the process by SIGTERM, which the function may handle; nothing happens when it has ended."""
+        self._signal(15)
+
+    def kill(self) -> None:
+        """End the process by SIGKILL."""
+        self._signal(9)
+
+    def _signal(self, number: int) -> None:
+        link = self._backend.link
+        if link is not None:
+            link.process.kill(number)
+
+    def __repr__(self) -> str:
+        state = "running" if self.is_alive() else f"exit code {self.exitcode}"
+        return f"<process {self.name} (pid {self.pid}): {state}>"
+
+
+def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _Subprocess:
+    """Call a function in a fresh interpreter, and return a handle of that process when it has begun.
+
+    The function and its arguments travel as to workers in process mode, by value where they must, and no
+    `if __name__ == "__main__"` is needed. The handle has `pid`, `is_alive()`, `join(timeout)`, `poll()`, `terminate()`,
+    `kill()`, `exitcode` and `result(timeout)`. The process ends with this one, however that ends; the interpreter's exit
+    waits for it. Settings of `global_config` do not hold for it.
+
+    Raises TypeError if `fn` cannot be called, PicklingError for what cannot travel.
+    """
+    if not callable(fn):
+        raise TypeError(f"run_in_subprocess() needs a function, not {fn!r}")
+    name = getattr(fn, "__name__", type(fn).__name__)
+    options = _Options({**_INITIAL, "mode": ExecutionMode.Processes, "mp_context": _StartMethod.Spawn, "name": name})
+    pool = _Pool(_Recipe(TaskWorker, (), {}, None, options), options)
+    pool.start()
+    future = pool.submit("submit", (_as_process, fn, args), kwargs)
+    process = _Subprocess(pool, future)
+    pool.finish()
+    if future.done() and isinstance(future.exception(), _pickle().PicklingError):
+        names, of = _call_parts(name, args, kwargs)         # as the user counts them
+        _dumps((fn, args, kwargs), lambda: ({"the function": fn, **names}, of))
+        raise future.exception()
+    return process
+
+
+_exit_code = 0                  # of this process, when it has served its last call
+
+
+def _as_process(fn: Callable[..., Any], args: tuple[Any, ...], /, **kwargs: Any) -> Any:
+    """Call the function; how it ends tells with what code the process ends."""
+    with _Ending():
+        result = fn(*args, **kwargs)
+    return _as_process_async(result) if isinstance(result, types.CoroutineType) else result
+
+
+async def _as_process_async(coroutine: Any) -> Any:
+    with _Ending():
+        return await coroutine
+
+
+class _Ending:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        global _exit_code
+        if kind is not None:
+            code = error.code if isinstance(error, SystemExit) else 1
+            _exit_code = code & 255 if isinstance(code, int) else int(code is not None)
+
+
+def serve(*handles: _Handle, timeout: float | None = None) -> NoReturn:
+    """Let workers serve until this process gets SIGTERM or SIGINT, then finish and exit; for the main thread.
+
+    At the signal no new calls are taken, and what was submitted may finish, of all handles side by side, within
+    `timeout` seconds (None: as long as it takes). Then, or at a second signal, they are stopped at once, as by `stop(0)`.
+    At the end the signals have the handlers that they had before, and SystemExit is raised with
+    the status that the shell expects, 128 plus the signal's number: 143 for SIGTERM, 130 for SIGINT.
+
+    Raises TypeError for what is no handle, ValueError for an impossible timeout, RuntimeError in
+    another thread than the main one.
+    """
+    import signal
+    for handle in handles:
+        if not isinstance(handle, _Handle):
+            raise TypeError(f"serve() needs handles of workers, not {handle!r}")
+    if not handles:
+        raise TypeError("serve() needs a handle of a worker at least")
+    if timeout is not None:
+        timeout = _parse("timeout", timeout, {"timeout": (_seconds, "a number of seconds from 0, or None")})
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("serve() waits for signals, which only the main thread gets: call it there")
+    first: BaseFuture[int] = BaseFuture()
+    second: BaseFuture[int] = BaseFuture()
+
+    def note(number: int, frame: object) -> None:
+        _settle(first, _RESULT, number) or _settle(second, _RESULT, number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        number = first.result()
+        logger.info("%s: no more calls are taken, %d are to be finished", signal.Signals(number).name,
+                    sum(len(handle._pool.calls) for handle in handles))
+        _finish_together([handle._pool for handle in handles], timeout, second)
+    finally:
+        for number_before, handler in before.items():
+            signal.signal(number_before, signal.SIG_DFL if handler is None else handler)
+    sys.exit(128 + number)
+
+
+def _finish_together(pools: list[_Pool], timeout: float | None, hurry: BaseFuture[int]) -> None:
+    """Finish the pools, and stop them when the time is over or `hurry` is done."""
+    ends: set[BaseFuture[None]] = set()
+    for pool in pools:
+        end: BaseFuture[None] = BaseFuture()
+        ends.add(end)
+        threading.Thread(target=_finish_for, args=(pool, end), name=f"end of {pool.name}", daemon=True).start()
+    deadline = _deadline(timeout)
+    while ends and not hurry.done():
+        done, ends = _run(_settled_of({*ends, hurry}, FIRST_COMPLETED), _left(deadline))
+        ends.discard(hurry)
+        if not done:
+            break
+    if ends:
+        for pool in pools:
+            pool.stop(0, join=False)
+        for pool in pools:
+            pool.join(None)
+
+
+def _finish_for(pool: _Pool, end: BaseFuture[None]) -> None:
+    try:
+        pool.shutdown()
+    finally:
+        _settle(end, _RESULT, None)
 
 
 # === Command line ===

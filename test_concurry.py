@@ -5446,7 +5446,7 @@ class CallTimeoutTests:
         self.assertEqual(worker.get_pool_stats()["total_workers"], 1)
         # A loop and its object live on; a worker that was replaced begins anew.
         self.assertEqual(worker.add().result(SAFETY), 2 if self.mode == "asyncio" else 1)
-        self.assertTrue(any("too long" in record.getMessage() or "died" in record.getMessage() for record in self.logs))
+        self.assertTrue(any("given up" in record.getMessage() or "died" in record.getMessage() for record in self.logs))
         self.assert_overran(worker.hold(self.started, self.go))
         with worker:
             last = worker.add()
@@ -5992,6 +5992,692 @@ class ProgramCase(CleanTestCase):
         self.assertEqual(found[0], expected, found[1])
         self.assertRegex(found[1], f"^(?:{errors})$" if not errors else errors)
         self.assertEqual(program.popen.returncode, status)
+
+
+# === Serving ===
+
+class RecyclingTests:
+    """15.1, `max_tasks_per_worker`: who has had so many calls is retired between two of them."""
+
+    def test_no_object_has_more_calls(self):
+        for n, count in ((3, 7),) if self.mode in AWAY else ((1, 50), (2, 51), (3, 200), (7, 200)):
+            worker = self.make(Counter, max_tasks_per_worker=n, max_queued_tasks=None)
+            calls = [worker.add() for _ in range(count)]
+            self.assertEqual(gather(calls, timeout=SAFETY), [k % n + 1 for k in range(count)])
+            until(lambda worker=worker, n=n, count=count: worker.stats()["retired"] == count // n)
+            self.assertEqual((worker.stats()["deaths"], worker.get_pool_stats()["restarts"]), (0, 0))
+            worker.stop()
+
+    def test_coroutines_and_plain_methods(self):
+        worker = self.make(Counter, max_tasks_per_worker=3)
+        calls = [worker.add_async() if k % 2 else worker.add() for k in range(6 if self.mode in AWAY else 60)]
+        counts = gather(calls, timeout=SAFETY)
+        self.assertEqual(sorted(counts), sorted([1, 2, 3] * (len(calls) // 3)))
+        self.assertEqual(worker.stats()["done"], len(calls))
+
+    def test_what_fails_or_is_cancelled_is_lost_to_nobody(self):
+        started, go = self.flag(), self.flag()
+        worker = self.make(Counter, max_tasks_per_worker=2, max_queued_tasks=None)
+        calls = [worker.hold(started, go), worker.fail(KeyError()), *(worker.add() for _ in range(4))]
+        started.wait()
+        if self.mode != "ray":          # where it was handed over
+            self.assertTrue(calls[3].cancel())
+            del calls[3]
+        go.set()
+        self.assertIsInstance(calls.pop(1).exception(SAFETY), KeyError)
+        self.assertEqual(gather(calls[1:], timeout=SAFETY)[-1] > 0, True)
+        with worker:
+            last = worker.echo("last")
+        self.assertEqual(last.result(0), "last")
+
+    def test_a_successor_that_cannot_be_built(self):
+        marker = self.flag().path + ".built"
+        worker = self.make(BuiltOnce, marker, max_tasks_per_worker=1, max_queued_tasks=None)
+        self.addCleanup(os.unlink, marker)
+        with self.log_of():
+            calls = [worker.fine(), worker.fine(), worker.fine()]
+            self.assertEqual(calls[0].result(SAFETY), "fine")
+            for call in (*calls[1:], worker.fine()):
+                self.assertIsInstance(call.exception(SAFETY), ZeroDivisionError)
+
+
+over_modes(globals(), [RecyclingTests], ALL_MODES[1:])
+
+
+class RecyclingPoolTests:
+    def test_many_calls_through_a_full_queue(self):
+        pool = self.make(Counter, max_workers=3, max_tasks_per_worker=2, max_queued_tasks=2)
+        futures = []
+        each = 8 if self.mode == "process" else 100
+        threads = [threading.Thread(target=lambda: futures.extend(pool.add() for _ in range(each))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SAFETY)
+        self.assertEqual(collections.Counter(gather(futures, timeout=SAFETY)).keys(), {1, 2})
+        self.assertEqual(pool.stats()["done"], 2 * each)
+        self.assertEqual(sorted(pool.stats()["workers"]), ["Counter-0", "Counter-1", "Counter-2"])
+
+    def test_on_demand(self):
+        with self.make(TaskWorker, on_demand=True, max_workers=2, max_tasks_per_worker=2) as pool:
+            self.assertEqual(list(pool.map(square, range(9))), [x * x for x in range(9)])
+            self.assertGreaterEqual(pool.stats()["retired"], 3)
+
+    def test_a_map_in_chunks(self):
+        with self.make(TaskWorker, max_workers=2, max_tasks_per_worker=1) as pool:
+            self.assertEqual(list(pool.map(square, range(12), chunksize=4)), [x * x for x in range(12)])
+            until(lambda: pool.stats()["retired"] == 3)         # a chunk is one call
+
+
+over_modes(globals(), [RecyclingPoolTests], ["thread", "process"])
+
+
+class Lives(Worker):
+    """Tells of its beginning and its end, and in which thread they are."""
+
+    def __init__(self, told):
+        self.told = told
+        told.append(("begins", threading.get_ident()))
+        self.is_known = hasattr(known_here, "yes")
+        known_here.yes = True
+
+    def known(self):
+        return self.is_known
+
+    def __del__(self):
+        self.told.append(("ends", threading.get_ident()))
+
+
+known_here = threading.local()
+
+
+class RecyclingOneModeTests(ProgramCase):
+    def test_one_ends_before_the_next_begins(self):
+        told = []
+        with self.start(Lives, told, mode="thread", max_tasks_per_worker=1) as worker:
+            self.assertEqual([worker.known().result(SAFETY) for _ in range(3)], [False] * 3)    # a thread of its own
+            until(lambda: worker.stats()["retired"] == 3)
+        self.assertEqual([what for what, _ in told], ["begins", "ends"] * 4)
+        self.assertEqual([ident for _, ident in told[::2]], [ident for _, ident in told[1::2]])
+
+    def test_a_new_loop(self):
+        loops = []
+        with self.start(Looped, mode="asyncio", max_tasks_per_worker=2) as worker:
+            calls = [worker.see(loops) for _ in range(4)]
+            gather(calls, timeout=SAFETY)
+        self.assertEqual((loops[0] is loops[1], loops[1] is loops[2], loops[2] is loops[3]), (True, False, True))
+        self.assertTrue(all(loop.is_closed() for loop in loops))
+        worker = self.start(Looped, mode="asyncio", max_tasks_per_worker=2)
+        held = [worker.hold_on() for _ in range(5)]
+        until(held[1].running)
+        worker.stop(0)                  # those that are held back have not begun
+        self.assertEqual([call.cancelled() for call in held], [True] * 5)
+
+    def test_at_the_interpreters_exit(self):
+        for mode in ("thread", "process", "asyncio"):
+            code = f"""
+            from concurry import Executor
+            pool = Executor({mode!r}, max_tasks_per_worker=1, max_queued_tasks=None, max_workers=1)
+            for n in range(5):
+                pool.submit(print, n, flush=True)
+            """
+            self.check_program(code, "0\n1\n2\n3\n4\n", way="file")
+
+    def test_memory(self):
+        with self.start(Hoarder, mode="process") as worker:
+            base = worker.held().result(SAFETY)
+        with self.start(Hoarder, mode="process", max_worker_memory=base + (60 << 20)) as worker:
+            calls = [worker.hoard(40 << 20) for _ in range(5)]
+            self.assertEqual(gather(calls, timeout=SAFETY), [1, 2, 1, 2, 1])
+            self.assertEqual(worker.stats()["retired"], 2)
+            self.assertEqual(worker.get_pool_stats()["restarts"], 0)
+        with self.start(Hoarder, mode="thread", max_worker_memory=1) as worker:
+            self.assertEqual([worker.hoard(1).result(SAFETY) for _ in range(2)], [1, 2])      # of processes only
+
+    def test_one_that_does_not_end_is_killed(self):
+        with temp_config(global_stop_timeout=0.1):
+            worker = self.start(Lingering, mode="process", max_tasks_per_worker=1)
+        self.assertEqual([worker.linger().result(SAFETY) for _ in range(2)], [None] * 2)
+
+    def test_a_limit_is_given_back(self):
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        with self.start(Counter, mode="process", max_tasks_per_worker=1, limits=limits) as worker:
+            gather([worker.echo(1) for _ in range(3)], timeout=SAFETY)
+        with limits.acquire(timeout=0):
+            pass
+
+    def test_bad_input(self):
+        for option in "max_tasks_per_worker", "max_worker_memory":
+            for value in (0, -1, 1.5, "many", True):
+                with self.assertRaisesRegex(ValueError, f"{option}={value!r} is not possible: a whole number from 1"):
+                    Counter.options(mode="process", **{option: value})
+
+
+class Looped(Worker):
+    async def see(self, loops):
+        loops.append(asyncio.get_running_loop())
+
+    async def hold_on(self):
+        await asyncio.get_running_loop().create_future()
+
+
+class Hoarder(Worker):
+    def __init__(self):
+        self.hoarded = []
+
+    def held(self):
+        return concurry._memory_held()
+
+    def hoard(self, size):
+        self.hoarded.append(b"x" * size)
+        return len(self.hoarded)
+
+
+class Lingering(Worker):
+    def linger(self):
+        pass
+
+    def __del__(self):
+        time.sleep(3600)
+
+
+def prepare(told, *, word="prepared"):
+    told.set()
+    prepared.word = word
+
+
+prepared = threading.local()
+
+
+class Prepared(Worker):
+    def __init__(self):
+        self.word = prepared.word
+
+    def said(self):
+        return self.word
+
+
+class SettingUpTests:
+    """15.1: what runs before the object is built, and what the worker is called."""
+
+    def test_before_the_object_and_in_its_worker(self):
+        told = self.flag()
+        worker = self.make(Prepared, initializer=prepare, initargs=[told], initkwargs={"word": "hello"})
+        self.assertEqual(worker.said().result(SAFETY) if self.mode != "sync" else worker.said().result(), "hello")
+        self.assertEqual(told.count(), 1)
+
+    def test_what_it_raises(self):
+        with self.assertRaisesRegex(ValueError, "no good"):
+            worker = self.make(Counter, initializer=refuse, initargs=("no good",))
+            worker.add().result(SAFETY)                 # in ray mode it is there
+
+    def test_bad_input(self):
+        for options, text in (
+                ({"initializer": 3}, "initializer=3 is not possible: a function"),
+                ({"initializer": coroutine_function}, "no coroutine function"),
+                ({"initargs": (1,)}, r"initargs=\(1,\) is not possible without an initializer"),
+                ({"initkwargs": {"a": 1}}, "without an initializer"),
+                ({"initializer": prepare, "initargs": "text"}, "a tuple of the initializer's arguments"),
+                ({"initializer": prepare, "initkwargs": 3}, "a dict of the initializer's arguments by name"),
+                ({"name": ""}, "name='' is not possible: a printable text"),
+                ({"name": "two\nlines"}, "a printable text"),
+                ({"thread_factory": "Thread"}, "a function that returns a threading.Thread")):
+            with self.assertRaisesRegex(ValueError, text):
+                Counter.options(mode=self.mode, **options)
+
+
+over_modes(globals(), [SettingUpTests])
+
+
+def refuse(text):
+    raise ValueError(text)
+
+
+async def coroutine_function():
+    pass
+
+
+def who_am_i():
+    comm = open_and_read("/proc/thread-self/comm").strip()
+    return threading.current_thread().name, comm, multiprocessing.current_process().name
+
+
+class OwnThread(threading.Thread):
+    pass
+
+
+def broken_factory(**options):
+    raise OSError("no more threads")
+
+
+class NameTests(CleanTestCase):
+    def test_in_threads_and_processes(self):
+        for mode in ("thread", "process", "asyncio"):
+            end = "-plain" if mode == "asyncio" else ""
+            for name, shown in (("shop", f"shop-0{end}"), ("a-very-long-name-of-a-shop", "a-very-long-n-0")):
+                with self.start(TaskWorker, mode=mode, name=name) as pool:
+                    thread, comm, _ = pool.submit(who_am_i).result(SAFETY)
+                    self.assertEqual(thread, f"{name}-0{end}")
+                    if not end:
+                        self.assertEqual(comm, shown)
+                    self.assertEqual((pool.name, list(pool.stats()["workers"])), (name, [f"{name}-0"]))
+                    self.assertIn(name, repr(pool))
+
+    def test_in_errors_and_logs(self):
+        with self.log_of() as logs, self.start(TaskWorker, mode="process", name="shop") as worker:
+            error = worker.submit(os._exit, 3).exception(SAFETY)
+            self.assertRegex(str(error), r"^shop-0 \(pid \d+\) died")
+            self.assertEqual(error.worker, "shop-0")
+            until(lambda: any("shop-0" in line for line in logs.output))
+
+    def test_without_one_it_is_the_class(self):
+        with self.start(Counter, mode="thread") as worker:
+            self.assertEqual(list(worker.stats()["workers"]), ["Counter-0"])
+
+    def test_threads_of_a_factory(self):
+        for mode in ("thread", "asyncio"):
+            with self.start(TaskWorker, mode=mode, thread_factory=OwnThread) as pool:
+                self.assertIs(type(pool.submit(threading.current_thread).result(SAFETY)), OwnThread)
+            for factory, error, text in ((lambda **options: 3, TypeError, "must return a threading.Thread, not 3"),
+                                         (broken_factory, OSError, "no more threads")):
+                with self.assertRaisesRegex(error, text):
+                    self.start(TaskWorker, mode=mode, thread_factory=factory)
+
+
+class ResizeTests:
+    """`resize`: adds workers, retires the idle ones first, and loses nothing."""
+
+    def setUp(self):
+        self.started, self.go = self.flag(), self.flag()
+        self.addCleanup(self.go.set)
+
+    def test_more(self):
+        pool = self.make(Counter, max_queued_tasks=1)
+        held = [pool.hold(self.started, self.go)]
+        self.started.wait()
+        pool.resize(3)
+        self.assertEqual((pool.get_pool_stats()["total_workers"], pool.max_workers), (3, 3))
+        self.assertEqual([pool.add().result(SAFETY) for _ in range(2)], [1, 1])
+        self.go.set()
+        self.assertEqual(gather(held, timeout=SAFETY), ["held"])
+
+    def test_fewer(self):
+        for balancing in LoadBalancingAlgorithm if self.mode == "thread" else ["least_active"]:
+            pool = self.make(Counter, max_workers=4, max_queued_tasks=None, load_balancing=balancing)
+            calls = [pool.add() for _ in range(12)] + [pool.hold(self.started, self.go)]
+            self.started.wait()
+            self.started.count()
+            gather(calls[:12], timeout=SAFETY) if balancing != "random" else None
+            pool.resize(2)
+            calls += [pool.add() for _ in range(6)]
+            self.go.set()
+            gather(calls, timeout=SAFETY)
+            until(lambda pool=pool: pool.get_pool_stats()["total_workers"] == 2)
+            self.assertEqual((pool.stats()["done"], pool.stats()["queued"]), (19, 0))
+            pool.resize(3)
+            self.assertEqual(gather([pool.echo(n) for n in range(9)], timeout=SAFETY), list(range(9)))
+            pool.stop()
+            self.go.count()
+
+    def test_the_idle_go_first(self):
+        pool = self.make(Counter, max_workers=3)
+        held = pool.hold(self.started, self.go)
+        self.started.wait()
+        busy = [name for name, told in pool.stats()["workers"].items() if told["running"]]
+        pool.resize(1)
+        until(lambda: list(pool.stats()["workers"]) == busy)
+        self.assertFalse(held.done())
+        self.go.set()
+
+    def test_the_busy_end_what_they_have(self):
+        pool = self.make(Counter, max_workers=2, max_queued_tasks=None)
+        held = [pool.hold(self.started, self.go) for _ in range(2)]
+        queued = [pool.echo(n) for n in range(10)]
+        until(lambda: all(call.running() for call in held))
+        pool.resize(1)
+        self.assertEqual(pool.get_pool_stats()["total_workers"], 2)
+        late = pool.echo("late")
+        self.go.set()
+        self.assertEqual(gather([*held, *queued, late], timeout=SAFETY), ["held", "held", *range(10), "late"])
+        until(lambda: pool.get_pool_stats()["total_workers"] == 1)
+
+    def test_while_calls_come(self):
+        pool = self.make(Counter, max_workers=2, max_queued_tasks=3)
+        futures = []
+        thread = in_thread(lambda: futures.extend(pool.echo(n) for n in range(200)))
+        for size in (4, 1, 3, 2, 1, 2):
+            pool.resize(size)
+        thread.result(SAFETY)
+        self.assertEqual(gather(futures, timeout=SAFETY), list(range(200)))
+        until(lambda: pool.get_pool_stats()["total_workers"] == 2)
+
+    def test_a_new_one_cannot_be_built(self):
+        marker = self.started.path + ".built"
+        pool = self.make(BuiltOnce, marker)
+        self.addCleanup(os.unlink, marker)
+        self.assertRaises(ZeroDivisionError, pool.resize, 2)
+        until(lambda: pool.get_pool_stats()["total_workers"] == 1)
+        self.assertEqual((pool.fine().result(SAFETY), pool.max_workers), ("fine", 1))
+
+    def test_on_demand(self):
+        pool = self.make(Counter, max_workers=1, on_demand=True)
+        calls = [pool.hold(self.started, self.go), pool.echo(1)]
+        self.started.wait()
+        pool.resize(2)
+        self.assertEqual(calls[1].result(SAFETY), 1)
+        self.go.set()
+
+    def test_bad_input(self):
+        pool = self.make(Counter, max_workers=2)
+        for n in (0, -1, 1.5, None, "many"):
+            self.assertRaisesRegex(ValueError, f"n={n!r} is not possible: a whole number from 1", pool.resize, n)
+        pool.stop()
+        self.assertRaisesRegex(RuntimeError, "cannot resize Counter: it is stopped", pool.resize, 2)
+        worker = self.start(Counter, mode="asyncio")
+        self.assertRaisesRegex(ValueError, "mode 'asyncio' has exactly one worker", worker.resize, 2)
+        worker.resize(1)
+
+
+over_modes(globals(), [ResizeTests], ["thread", "process"])
+
+
+class KillTests:
+    """`cancel(kill=True)`: what runs is ended, at the cost of its worker."""
+
+    def test_what_runs_is_ended(self):
+        started, go = self.flag(), self.flag()
+        before = threading.enumerate()
+        self.addCleanup(CallTimeoutTests.see_threads_end, self, before)
+        self.addCleanup(go.set)
+        worker = self.make(Counter, max_queued_tasks=None)
+        gather([worker.echo(0) for _ in range(50)], timeout=SAFETY)         # quick: calls are sent ahead
+        held = worker.hold(started, go)
+        others = [worker.echo(n) for n in range(10)]
+        started.wait()
+        self.assertFalse(held.cancel())
+        with self.log_of():
+            self.assertTrue(held.cancel(kill=True))
+            self.assertTrue(held.cancelled())
+            if self.mode == "ray":          # those that were handed over are lost
+                others = [call for call in others if call.exception(SAFETY) is None]
+            gather(others, timeout=SAFETY)
+            self.assertEqual(worker.echo("next").result(SAFETY), "next")
+        self.assertEqual(worker.stats()["deaths"], 1)
+        self.assertTrue(held.cancel(kill=True))         # it is
+        self.assertFalse(others[0].cancel(kill=True) if others else False)
+
+    def test_one_that_waits_is_just_cancelled(self):
+        started, go = self.flag(), self.flag()
+        worker = self.make(Counter, max_queued_tasks=None)
+        held, waits = worker.hold(started, go), worker.add(BaseFuture())
+        started.wait()
+        self.assertTrue(waits.cancel(kill=True))
+        go.set()
+        self.assertEqual((held.result(SAFETY), worker.stats()["deaths"]), ("held", 0))
+
+
+over_modes(globals(), [KillTests], ALL_MODES[1:])
+
+
+class KillOneModeTests(CleanTestCase):
+    def test_not_in_sync_mode(self):
+        started, go = self.flag(), self.flag()
+        worker = self.start(Counter, mode="sync")
+        futures = []
+        thread = threading.Thread(target=lambda: futures.append(worker.hold(started, go)))
+        thread.start()
+        started.wait()
+        call = next(iter(worker._pool.calls)).future
+        self.assertFalse(call.cancel(kill=True))
+        go.set()
+        thread.join(SAFETY)
+        self.assertEqual(futures[0].result(), "held")
+
+    def test_a_call_that_was_sent_ahead(self):
+        """It is ended when its turn comes, and the calls around it are not."""
+        started, go = self.flag(), self.flag()
+        worker = self.start(Counter, mode="process", max_queued_tasks=None)
+        gather([worker.echo(0) for _ in range(50)], timeout=SAFETY)
+        first_started, first_go = self.flag(), self.flag()
+        calls = [worker.hold(first_started, first_go), worker.hold(started, go), worker.echo(3), worker.echo(4)]
+        first_started.wait()
+        until(calls[1].running)         # that is: sent
+        self.assertTrue(calls[1].cancel(kill=True))
+        first_go.set()
+        self.assertEqual(calls[0].result(SAFETY), "held")
+        self.assertEqual(gather(calls[2:], timeout=SAFETY), [3, 4])
+
+    def test_the_call_ends_meanwhile(self):
+        """Whoever wins, no other call is lost."""
+        worker = self.start(Counter, mode="process", max_queued_tasks=None)
+        gather([worker.echo(0) for _ in range(50)], timeout=SAFETY)
+        for _ in range(30):
+            calls = [worker.echo(n) for n in range(6)]
+            is_cancelled = calls[2].cancel(kill=True)
+            for n, call in enumerate(calls):
+                if n == 2 and is_cancelled:
+                    self.assertTrue(call.cancelled())
+                else:
+                    self.assertEqual(call.result(SAFETY), n)
+
+
+class JoinTests:
+    """`stop(join=False)`, and `join`."""
+
+    def test_stop_and_join(self):
+        started, go = self.flag(), self.flag()
+        pool = self.make(Counter, max_queued_tasks=None)
+        held, waits = pool.hold(started, go), pool.add(BaseFuture())
+        started.wait()
+        with self.log_of():
+            pool.stop(join=False)
+        self.assertTrue(waits.cancelled())
+        self.assertRaisesRegex(RuntimeError, "it is stopped", pool.add)
+        self.assertFalse(pool.join(0))
+        go.set()
+        self.assertTrue(pool.join(SAFETY))
+        self.assertEqual(held.result(0), "held")
+        pool.stop()                     # does nothing
+        self.assertTrue(pool.join())
+
+    def test_shutdown_and_join(self):
+        started, go = self.flag(), self.flag()
+        pool = self.make(Counter, max_queued_tasks=None)
+        calls = [pool.hold(started, go), pool.add()]
+        pool.shutdown(wait=False)
+        self.assertFalse(pool.join(0))
+        go.set()
+        self.assertTrue(pool.join())
+        self.assertEqual(gather(calls, timeout=0), ["held", 1])
+
+    def test_the_time_is_over(self):
+        started, go = self.flag(), self.flag()
+        self.addCleanup(CallTimeoutTests.see_threads_end, self, threading.enumerate())
+        self.addCleanup(go.set)
+        pool = self.make(Counter)
+        held = pool.hold(started, go)
+        started.wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            pool.stop(0, join=False)
+            self.assertTrue(pool.join(SAFETY))
+        self.assertIsInstance(held.exception(0), WorkerDiedError)
+
+    def test_bad_input(self):
+        pool = self.make(Counter)
+        self.assertRaisesRegex(RuntimeError, "cannot join Counter: it is neither stopped nor shut down", pool.join)
+        pool.stop()
+        self.assertRaises(TypeError, pool.join, "soon")
+
+
+over_modes(globals(), [JoinTests], ["thread", "process"])
+
+
+class JoinFromWithinTests(CleanTestCase):
+    def test_a_call_cannot_join_its_worker(self):
+        pools = []
+        pool = Executor("thread", max_workers=1)
+        pools.append(pool)
+
+        def stop_and_join():
+            pools[0].stop(5, join=False)
+            pools[0].join()
+        self.assertRaisesRegex(RuntimeError, "this call of it would wait for itself",
+                               pool.submit(stop_and_join).result, SAFETY)
+        self.assertTrue(pool.join(SAFETY))
+
+
+SERVING = """
+import signal, sys, threading
+from concurry import Executor, serve
+
+def ready():
+    "Say so when the signals have their handlers: the last thing before `serve` waits."
+    import time
+    while signal.getsignal(signal.SIGINT) is default or signal.getsignal(signal.SIGTERM) is term:
+        time.sleep(0.001)
+    print("ready", flush=True)
+
+def sleep_for(seconds):
+    import time
+    time.sleep(seconds)
+    return "slept"
+
+default, term = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+mode, seconds, timeout = sys.argv[1], float(sys.argv[2]), eval(sys.argv[3])
+pools = [Executor(mode, max_workers=1, max_queued_tasks=None), Executor("thread", max_workers=1)]
+calls = [pools[0].submit(sleep_for, seconds), pools[0].submit(abs, -2), pools[1].submit(abs, -3)]
+threading.Thread(target=ready).start()
+try:
+    serve(*pools, timeout=timeout)
+finally:
+    print([type(call.exception()).__name__ if not call.cancelled() and call.exception() else call.cancelled()
+           for call in calls])
+    print(signal.getsignal(signal.SIGINT) is default, signal.getsignal(signal.SIGTERM) is term)
+"""
+
+
+class ServeTests(ProgramCase):
+    def serve(self, *arguments, signals, status, printed):
+        program = Program(self, SERVING, *map(str, arguments), way="file")
+        self.assertEqual(program.line(), "ready")
+        for number in signals:
+            program.popen.send_signal(number)
+            if len(signals) > 1:
+                self.assertIn(number, signals)
+                until(lambda: not program_has_pending(program.popen.pid))
+        output, errors = program.output()
+        self.assertEqual(output.splitlines(), [printed, "True True"], errors)
+        self.assertEqual(program.popen.returncode, status)
+        return errors
+
+    def test_what_was_submitted_is_finished(self):
+        for mode in ("thread", "process"):
+            for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+                errors = self.serve(mode, 0.2, None, signals=[number], status=status, printed="[False, False, False]")
+                self.assertEqual(errors, "")
+
+    def test_a_second_signal_stops_at_once(self):
+        self.serve("process", 3600, None, signals=[signal.SIGTERM, signal.SIGINT], status=143,
+                   printed="['WorkerDiedError', True, False]")
+
+    def test_the_time_is_over(self):
+        self.serve("process", 3600, 0.1, signals=[signal.SIGTERM], status=143,
+                   printed="['WorkerDiedError', True, False]")
+
+    def test_bad_input(self):
+        self.assertRaisesRegex(TypeError, "a handle of a worker at least", serve)
+        self.assertRaisesRegex(TypeError, "needs handles of workers, not 3", serve, 3)
+        pool = self.start(Counter, mode="sync")
+        self.assertRaisesRegex(ValueError, "timeout=-1 is not possible", serve, pool, timeout=-1)
+        self.assertRaisesRegex(RuntimeError, "only the main thread gets", in_thread(lambda: serve(pool)).result, SAFETY)
+
+
+def program_has_pending(pid):
+    """Tell whether a signal that was sent to a process has not come there."""
+    status = open_and_read(f"/proc/{pid}/status")
+    return any(int(word, 16) for word in re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status))
+
+
+def leave_with(code):
+    sys.exit(code)
+
+
+async def later(x):
+    await asyncio.sleep(0)
+    return x
+
+
+class SubprocessTests(ProgramCase):
+    """15.3."""
+
+    def run_one(self, fn, *args, **kwargs):
+        process = run_in_subprocess(fn, *args, **kwargs)
+        self.addCleanup(process.join, SAFETY)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_a_function(self):
+        process = self.run_one(add, 3, b=4)
+        self.assertEqual(process.result(SAFETY), 7)
+        process.join(SAFETY)
+        self.assertEqual((process.exitcode, process.poll(), process.is_alive()), (0, 0, False))
+        self.assertRegex(repr(process), r"^<process add-0 \(pid \d+\): exit code 0>$")
+        self.assertEqual(self.run_one(os.getpid).result(SAFETY) == os.getpid(), False)
+        self.assertEqual(self.run_one(later, 5).result(SAFETY), 5)
+        self.assertEqual(self.run_one(lambda *, kill: kill, kill=2).result(SAFETY), 2)
+
+    def test_how_it_ends(self):
+        for fn, args, code, error in ((leave_with, (7,), 7, SystemExit), (leave_with, (None,), 0, SystemExit),
+                                      (refuse, ("no",), 1, ValueError)):
+            process = self.run_one(fn, *args)
+            self.assertIsInstance(process._future.exception(SAFETY), error)
+            process.join(SAFETY)
+            self.assertEqual(process.exitcode, code)
+
+    def test_signals(self):
+        for end, code in (("terminate", -15), ("kill", -9)):
+            started, go = self.flag(), self.flag()
+            process = self.run_one(hold, started, go)
+            started.wait()
+            self.assertEqual((process.is_alive(), process.poll(), process.exitcode), (True, None, None))
+            self.assertIn(f"(pid {process.pid}): running", repr(process))
+            process.join(0)
+            self.assertRaises(TimeoutError, process.result, 0)
+            getattr(process, end)()
+            error = process._future.exception(SAFETY)
+            self.assertIsInstance(error, WorkerDiedError)
+            self.assertEqual((error.pid, error.exitcode), (process.pid, code))
+            process.join(SAFETY)
+            self.assertEqual((process.is_alive(), process.exitcode), (False, code))
+            getattr(process, end)()     # does nothing
+
+    def test_what_cannot_travel(self):
+        self.assertRaisesRegex(TypeError, "needs a function, not 3", run_in_subprocess, 3)
+        with self.assertRaisesRegex(pickle.PicklingError, r"argument 2 of add\(\)"):
+            run_in_subprocess(add, 1, threading.Lock())
+
+    def test_settings_do_not_hold_for_it(self):
+        with temp_config(global_num_retries=3, process_max_workers=7, global_initializer=refuse, global_initargs=("x",)):
+            self.assertEqual(self.run_one(add, 1).result(SAFETY), 11)
+
+    def test_without_a_main_guard_and_at_the_parents_death(self):
+        code = """
+        import os, time
+        from concurry import run_in_subprocess
+
+        def work(x):
+            return x + factor
+
+        factor = 2
+        assert run_in_subprocess(work, 1).result(30) == 3
+        process = run_in_subprocess(time.sleep, 3600)
+        print(process.pid, flush=True)
+        os.kill(os.getpid(), 9)
+        """
+        program = Program(self, code, way="file")
+        pid, = program.numbers()
+        self.assertTrue(until_gone(pid))
 
 
 # === Retries of workers ===
@@ -11146,7 +11832,8 @@ class ReadmeTests(ProgramCase):
         for number, (block, program) in enumerate(zip(blocks, programs)):
             with self.subTest(number=number):
                 output, errors = program.output()
-                self.assertEqual(program.popen.returncode, 0, f"{block}\n{output}\n{errors}")
+                status = 143 if "serve(" in block else 0        # which ends by a signal
+                self.assertEqual(program.popen.returncode, status, f"{block}\n{output}\n{errors}")
                 # A comment behind a print tells what it prints.
                 for told in re.findall(r"print\(.*\)\s+# ([\[{('\d].*)$", block, re.MULTILINE):
                     self.assertIn(told, output, block)
