@@ -98,14 +98,17 @@ logger = logging.getLogger("concurry")
 
 # === Choices ===
 
-def _squeeze(name):
+def _squeeze(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 class _Choice(str, enum.Enum):
     """A string from a fixed set, found by its value, its name or an alias, however it is spelt."""
 
-    def __new__(cls, value, *aliases):
+    _value_: str
+    _aliases: tuple[str, ...]
+
+    def __new__(cls, value: str, *aliases: str) -> Self:
         member = str.__new__(cls, value)
         member._value_ = value
         member._aliases = aliases
@@ -114,14 +117,14 @@ class _Choice(str, enum.Enum):
     __str__ = str.__str__
 
     @classmethod
-    def _missing_(cls, value):
+    def _missing_(cls, value: object) -> Self:
         for member in cls:
             if _squeeze(str(value)) in map(_squeeze, (member.value, member.name, *member._aliases)):
                 return member
         raise ValueError(f"unknown {cls.__name__} {value!r}: {cls._choices()}")
 
     @classmethod
-    def _choices(cls):
+    def _choices(cls) -> str:
         return "choose one of " + ", ".join(repr(member.value) for member in cls)
 
 
@@ -164,7 +167,7 @@ class RateWindow(_Choice):
     Week = "week", "per_week", "weeks"
 
     @property
-    def seconds(self):
+    def seconds(self) -> int:
         return {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}[self.value]
 
 
@@ -209,60 +212,70 @@ class WorkerDiedError(RuntimeError):
     (worker, pid, exitcode), the last one last.
     """
 
-    def __init__(self, message, worker=None, method=None, pid=None, exitcode=None, started=None, deaths=()):
+    def __init__(self, message: str, worker: str | None = None, method: str | None = None, pid: int | None = None,
+                 exitcode: int | None = None, started: bool | None = None,
+                 deaths: tuple[tuple[str, int | None, int | None], ...] = ()) -> None:
         super().__init__(message)
         self.worker, self.method, self.pid, self.exitcode = worker, method, pid, exitcode
         self.started, self.deaths = started, deaths
 
 
 @functools.lru_cache(None)
-def _timeout_class():
+def _timeout_class() -> type[TimeoutError]:
     """Return the class of our TimeoutErrors: before 3.11 three unrelated classes had that name."""
+    if TYPE_CHECKING:
+        return TimeoutError
     if concurrent.futures.TimeoutError is TimeoutError:
         return TimeoutError
     import asyncio
     return type("TimeoutError", (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError), {})
 
 
-def _timeout(message):
+def _timeout(message: str) -> TimeoutError:
     """Return the exception for a span that is over: caught under every name a TimeoutError has."""
     return _timeout_class()(message)
 
 
 @functools.lru_cache(None)
-def _call_timeout_class():
-    class CallTimeoutError(_timeout_class()):
+def _call_timeout_class() -> type[TimeoutError]:
+    class CallTimeoutError(_timeout_class()):  # type: ignore[misc]
         """A call ran for longer than its `call_timeout`.
 
         `method` is what ran too long, `worker` where, `timeout` how many seconds it might have taken. It is caught
         under every name that a TimeoutError has.
         """
 
-        def __init__(self, message, method=None, worker=None, timeout=None):
+        def __init__(self, message: str, method: str | None = None, worker: str | None = None,
+                     timeout: float | None = None) -> None:
             super().__init__(message)
             self.method, self.worker, self.timeout = method, worker, timeout
 
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return _load_call_timeout, (str(self), self.method, self.worker, self.timeout)
 
     CallTimeoutError.__qualname__ = "CallTimeoutError"
     return CallTimeoutError
 
 
-def _load_call_timeout(*args):
+def _load_call_timeout(*args: Any) -> TimeoutError:
     return _call_timeout_class()(*args)
 
 
-if concurrent.futures.TimeoutError is TimeoutError:
+if TYPE_CHECKING:
+    class CallTimeoutError(TimeoutError):
+        def __init__(self, message: str, method: str | None = None, worker: str | None = None,
+                     timeout: float | None = None) -> None:
+            self.method, self.worker, self.timeout = method, worker, timeout
+elif concurrent.futures.TimeoutError is TimeoutError:
     CallTimeoutError = _call_timeout_class()
 else:
-    def __getattr__(name):          # of this module: to make the class takes asyncio
+    def __getattr__(name: str) -> Any:          # of this module: to make the class takes asyncio
         if name == "CallTimeoutError":
             return _call_timeout_class()
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _nearest(name, names):
+def _nearest(name: object, names: Iterable[object]) -> str:
     """Return ", did you mean 'x'?" where a known name is near, else nothing."""
     import difflib
     near = difflib.get_close_matches(str(name), [str(known) for known in names], 1, 0.5)
@@ -271,7 +284,11 @@ def _nearest(name, names):
 
 # === Options and their defaults ===
 
-def _flag(value):
+if TYPE_CHECKING:
+    _Option: TypeAlias = tuple[Callable[[Any], Any], str]       # how a value is read, and what is expected in words
+
+
+def _flag(value: Any) -> bool:
     if isinstance(value, str):
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.strip().lower()]
     if value in (True, False):
@@ -279,37 +296,37 @@ def _flag(value):
     raise ValueError
 
 
-def _whole(least, none=True):
-    def parse(value):
+def _whole(least: int, none: bool = True) -> _Option:
+    def parse(value: Any) -> int | None:
         if value is None and none:
             return None
-        number = int(value)
+        number = int(value)  # pyright: ignore[reportArgumentType]
         if isinstance(value, bool) or number < least or (not isinstance(value, str) and number != value):
             raise ValueError
         return number
     return parse, f"a whole number from {least}" + (", or None" if none else "")
 
 
-def _seconds(value):
+def _seconds(value: Any) -> float:
     number = float(value)
     if isinstance(value, bool) or not 0 <= number < float("inf"):
         raise ValueError
     return number
 
 
-def _span(value):
+def _span(value: Any) -> float | None:
     number = None if value is None else _seconds(value)
     if number == 0:
         raise ValueError
     return number
 
 
-def _amount(value):
+def _amount(value: Any) -> float:
     number = _seconds(value)
     return int(number) if number == int(number) else number
 
 
-def _choice(kind):
+def _choice(kind: type[_Choice]) -> _Option:
     return (lambda value: value if isinstance(value, kind) else kind(value)), kind._choices()
 
 
@@ -331,22 +348,22 @@ def _positional(value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _share(value):
+def _share(value: Any) -> float:
     number = float(value)
     if isinstance(value, bool) or not 0 <= number <= 1:
         raise ValueError
     return number
 
 
-def _by_method(read, expected):
+def _by_method(read: Callable[[Any], Any], expected: str) -> _Option:
     """Read an option that may also be a dict by method name."""
-    def parse(value):
+    def parse(value: Any) -> Any:
         return {str(name): read(each) for name, each in value.items()} if isinstance(value, dict) else read(value)
     return parse, f"{expected}, or a dict of such by method name, '*' for the others"
 
 
 # How a call is made again: each by method name, too, but for the cap.
-_RETRY_OPTIONS = {
+_RETRY_OPTIONS: dict[str, _Option] = {
     "num_retries": _by_method(*_whole(0, none=False)),
     "retry_on": _by_method(lambda value: _read_filters(value), "exception classes or callables, one or a list"),
     "retry_algorithm": _by_method(*_choice(RetryAlgorithm)),
@@ -356,19 +373,19 @@ _RETRY_OPTIONS = {
     "retry_until": _by_method(lambda value: _read_validators(value), "callables, one or a list, or None"),
 }
 # What may be given by method name.
-_BY_METHOD = {
+_BY_METHOD: dict[str, _Option] = {
     **_RETRY_OPTIONS,
     "call_timeout": _by_method(_span, "a number of seconds above 0, or None"),
 }
 # Of Ray's actors; others go into actor_options.
-_RAY_OPTIONS = {
+_RAY_OPTIONS: dict[str, _Option] = {
     "num_cpus": (_amount, "a number from 0"),
     "num_gpus": (_amount, "a number from 0"),
     "resources": (lambda value: dict(value), "a dict of amounts by name"),
     "memory": (_amount, "a number of bytes from 0"),
 }
 # Every option: how its value is read, and what is expected in words.
-_OPTIONS = {
+_OPTIONS: dict[str, _Option] = {
     "mode": _choice(ExecutionMode),
     "blocking": (_flag, "true or false"),
     "max_workers": _whole(0),
@@ -393,7 +410,7 @@ _OPTIONS = {
     "retry_config": (lambda value: _read_config(value), "a RetryConfig, or None"),
 }
 # Settings that only the configuration has.
-_SETTINGS = {
+_SETTINGS: dict[str, _Option] = {
     **_OPTIONS,
     "load_balancing_on_demand": _choice(LoadBalancingAlgorithm),
     "task_decorator_on_demand": (_flag, "true or false"),
@@ -405,7 +422,7 @@ class _Reason(Exception):
     """Why a value is not possible, where that takes more than to tell what is expected."""
 
 
-def _parse(name, value, known=_OPTIONS):
+def _parse(name: str, value: Any, known: dict[str, _Option] = _OPTIONS) -> Any:
     """Return the option's value in its own type, or raise a TypeError or ValueError that helps."""
     if name not in known:
         raise TypeError(f"unknown option {name!r}{_nearest(name, known)}")
@@ -418,40 +435,41 @@ def _parse(name, value, known=_OPTIONS):
         raise ValueError(f"{name}={value!r} is not possible: {expected}") from None
 
 
-def _parse_all(given):
+def _parse_all(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of one place, in their own types."""
     return _spread({name: _parse(name, value) for name, value in given.items()})
 
 
-def _spread(given):
+def _spread(given: Mapping[str, Any]) -> dict[str, Any]:
     """Have the RetryConfig among the options of one place stand for what is in it, unless that is given beside it."""
     return {**vars(given.get("retry_config") or types.SimpleNamespace()), **given}
 
 
 # What `temp_config` holds here: (values by (table, name), the same before it).
-_temporary: contextvars.ContextVar = contextvars.ContextVar("concurry_temporary", default=({}, None))
+_temporary: contextvars.ContextVar[tuple[dict[tuple[str, str], Any], Any]] = \
+    contextvars.ContextVar("concurry_temporary", default=({}, None))
 
 
 class _Settings:
     """A table of settings: assigned as attributes, validated at once; `temp_config` is seen through it."""
 
-    def __init__(self, table, **initial):
+    def __init__(self, table: str, **initial: Any) -> None:
         self.__dict__.update(_table=table, _initial=initial, _values={})
 
-    def _current(self):
+    def _current(self) -> dict[str, Any]:
         """Return all that is set, here and by `temp_config`, as a dict."""
-        for_now = _temporary.get()[0].items()
+        for_now: Any = _temporary.get()[0].items()
         for_now = {name: value for (table, name), value in for_now if table == self._table}
         return {**self._initial, **_spread(self._values), **_spread(for_now)}
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         self._values[name] = _parse(name, value, _SETTINGS)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         told = (f"{name}={value!r}" for name, value in self._current().items())
         return f"<settings of {self._table}: {', '.join(told)}>"
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         try:
@@ -469,10 +487,10 @@ class _Config:
     An impossible value raises ValueError, an unknown setting TypeError, at the assignment.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset_to_defaults()
 
-    def reset_to_defaults(self):
+    def reset_to_defaults(self) -> None:
         """Set everything to what concurry comes with; what `temp_config` holds stays until its end."""
         self.defaults = _Settings(
             "global", mode=None, blocking=False, max_workers=1, load_balancing=LoadBalancingAlgorithm.RoundRobin,
@@ -490,25 +508,25 @@ class _Config:
         self.process = _Settings("process", max_workers=4, max_queued_tasks=5)
         self.ray = _Settings("ray", max_workers=0, max_queued_tasks=2)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: _Settings) -> None:
         if not isinstance(value, _Settings):
             raise TypeError(f"{name!r} cannot be set: set options of {', '.join(vars(self))}, "
                             f"as in global_config.thread.max_workers = 50")
         self.__dict__[name] = value
 
-    def get_defaults(self, mode):
+    def get_defaults(self, mode: ExecutionMode | str) -> dict[str, Any]:
         """Return the settings that hold for a mode, here and now, as a dict."""
         return {**self.defaults._current(), **getattr(self, ExecutionMode(mode).value)._current()}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<global_config: {', '.join(vars(self))}>"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # What holds here and now travels, for good.
         return _config_of, ({name: settings._current() for name, settings in vars(self).items()},)
 
 
-def _config_of(tables):
+def _config_of(tables: dict[str, dict[str, Any]]) -> _Config:
     config = _Config()
     for name, values in tables.items():
         config.__dict__[name] = _Settings(vars(config)[name]._table, **values)
@@ -529,8 +547,8 @@ class temp_config:
     Raises ValueError at once for a name that it does not know and for an impossible value.
     """
 
-    def __init__(self, **settings):
-        self._changes = {}
+    def __init__(self, **settings: Any) -> None:
+        self._changes: dict[tuple[str, str], Any] = {}
         tables = ("global", *(mode.value for mode in ExecutionMode))
         for full, value in settings.items():
             table, _, name = full.partition("_")
@@ -540,16 +558,16 @@ class temp_config:
                 raise ValueError(f"unknown setting {full!r}{hint}")
             self._changes[table, name] = _parse(name, value, _SETTINGS)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         told = (f"{table}_{name}={value!r}" for (table, name), value in self._changes.items())
         return f"temp_config({', '.join(told)})"
 
-    def __enter__(self):
+    def __enter__(self) -> _Config:
         before = _temporary.get()
         _temporary.set(({**before[0], **self._changes}, before))
         return global_config
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         _temporary.set(_temporary.get()[1] or _temporary.get())
 
 
@@ -559,7 +577,9 @@ _ONE_WORKER = (ExecutionMode.Sync, ExecutionMode.Asyncio)
 class _Options(types.SimpleNamespace):
     """The options of one handle, complete."""
 
-    def __init__(self, given, sized=False):
+    max_queued_tasks: int | None
+
+    def __init__(self, given: dict[str, Any], sized: bool = False) -> None:
         """Fill up what was given. With `sized` a pool is meant even where no size is given."""
         mode = given.get("mode") or global_config.defaults.mode
         if mode is None:
@@ -593,7 +613,7 @@ class _Options(types.SimpleNamespace):
         super().__init__(**{**defaults, **given, "mode": mode, "max_workers": size, "on_demand": on_demand})
 
     @property
-    def room(self):
+    def room(self) -> float:
         """How many unsettled calls a worker may have: infinity where nothing bounds it."""
         if self.on_demand:
             return 1
@@ -608,7 +628,7 @@ class _Options(types.SimpleNamespace):
 _RESULT, _ERROR, _CANCELLED = "result", "error", "cancelled"
 
 
-def _is_begun(claim):
+def _is_begun(claim: object) -> bool:
     """Tell a worker's claim from the strings above, with which others claim that a call never begins."""
     return claim is not None and type(claim) is not str
 
@@ -618,34 +638,35 @@ class _Here(threading.local):
 
     is_ours = False             # a worker's thread, an event loop's, the reader
     callbacks = 0               # done-callbacks being run, one inside the other
-    failing = None              # (future, kind, value) to be settled by the one who settles now
-    building = None             # the recipe whose object the next `__new__` makes
-    made = None                 # the id of that object
-    recipe = None               # in the fork method: how a worker finds what its parent had in hand
-    kept = None                 # by token: limit sets that have to live on because they were pickled
-    passed = None               # descriptors that go along with what this thread pickles
+    failing: Any = None         # (future, kind, value) to be settled by the one who settles now
+    building: Any = None        # the recipe whose object the next `__new__` makes
+    made: int | None = None     # the id of that object
+    recipe: Any = None          # in the fork method: how a worker finds what its parent had in hand
+    kept: Any = None            # by token: limit sets that have to live on because they were pickled
+    passed: Any = None          # descriptors that go along with what this thread pickles
     is_loading = False          # a worker process loads what its parent sent
-    refs = None                 # ObjectRefs and actors that travel beside what this thread pickles, or loads, ...
-    dependencies = ()           # ... and those that Ray replaces by what they stand for
-    reader = None               # on the reader's thread: the reader
-    divert = None               # has somebody else run done-callbacks: they may wait, and this thread may not
+    refs: Any = None            # ObjectRefs and actors that travel beside what this thread pickles, or loads, ...
+    dependencies: Any = ()      # ... and those that Ray replaces by what they stand for
+    reader: Any = None          # on the reader's thread: the reader
+    divert: Any = None          # has somebody else run done-callbacks: they may wait, and this thread may not
 
 
 _here = _Here()
-_calling = contextvars.ContextVar("concurry_calling", default=None)     # the call this code is part of
+# The call this code is part of.
+_calling: contextvars.ContextVar[Any] = contextvars.ContextVar("concurry_calling", default=None)
 
 
 _Lock = type(threading.Lock())
 
 
-def _held_lock():
+def _held_lock() -> threading.Lock | _RingingLock:
     """Return a lock to sleep on, until whoever has what is waited for releases it."""
     lock = threading.Lock() if _here.reader is None else _RingingLock(_here.reader)
     lock.acquire()
     return lock
 
 
-def _sleep_on(lock, timeout):
+def _sleep_on(lock: threading.Lock | _RingingLock, timeout: float | None) -> bool:
     """Wait until a held lock is released, at most `timeout` seconds (None: for ever); tell whether it was.
 
     The one place where a thread waits for a worker. The thread that brings the processes' answers
@@ -654,13 +675,13 @@ def _sleep_on(lock, timeout):
     if _here.failing:
         _settle_failing(_here.failing)
     if _here.reader is not None:
-        return _here.reader.wait(lock, timeout)
+        return _here.reader.wait(lock, timeout)  # type: ignore[no-any-return]
     if timeout is None:
         return lock.acquire()
     return lock.acquire(True, min(max(timeout, 0), threading.TIMEOUT_MAX))
 
 
-def _run_callback(callback, future):
+def _run_callback(callback: Callable[[Any], object], future: BaseFuture[Any]) -> None:
     """Run the user's callback; whatever it raises is logged and goes no further."""
     if _here.divert is not None:
         _here.divert(_run_callback, callback, future)
@@ -681,10 +702,10 @@ class _Gate(threading.Condition):
     waiters afterwards, and would wait for ever for one that was settled in between.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(threading.RLock())
-        self.outcome = None
-        self.waiters = []
+        self.outcome: tuple[str, Any] | None = None
+        self.waiters: list[Any] = []
 
 
 class BaseFuture(concurrent.futures.Future[T]):
@@ -696,26 +717,29 @@ class BaseFuture(concurrent.futures.Future[T]):
 
     # Entries of __dict__: "_gate" the outcome, or a _Gate that holds it; "_claim" who was first,
     # the worker that begins the call or cancel(); "_call"; "_wakers" and "_callbacks", lists.
-    __init__ = object.__init__
+    if TYPE_CHECKING:
+        def __init__(self) -> None: ...
+    else:
+        __init__ = object.__init__
 
     @property
-    def _outcome(self):
+    def _outcome(self) -> Any:
         gate = self.__dict__.get("_gate")
         return gate.outcome if type(gate) is _Gate else gate
 
     # What the standard library's wait() and as_completed() look at.
 
     @property
-    def _condition(self):
+    def _condition(self) -> _Gate:  # type: ignore[override]
         gate = self.__dict__.setdefault("_gate", _Gate())
         return gate if type(gate) is _Gate else self.__dict__.setdefault("_late_gate", _Gate())
 
     @property
-    def _waiters(self):
+    def _waiters(self) -> list[Any]:  # type: ignore[override]
         return self._condition.waiters
 
     @property
-    def _state(self):
+    def _state(self) -> str:  # type: ignore[override]
         outcome = self._outcome
         if outcome is None:
             return "RUNNING" if _is_begun(self.__dict__.get("_claim")) else "PENDING"
@@ -723,17 +747,17 @@ class BaseFuture(concurrent.futures.Future[T]):
 
     # What everybody calls.
 
-    def done(self):
+    def done(self) -> bool:
         """Tell whether the call has ended, in whatever way."""
         gate = self.__dict__.get("_gate")
         return gate is not None and (type(gate) is not _Gate or gate.outcome is not None)
 
-    def cancelled(self):
+    def cancelled(self) -> bool:
         """Tell whether the call was cancelled."""
         outcome = self._outcome
         return outcome is not None and outcome[0] is _CANCELLED
 
-    def running(self):
+    def running(self) -> bool:
         """Tell whether the call has begun and not ended."""
         return self._state == "RUNNING"
 
@@ -754,7 +778,7 @@ class BaseFuture(concurrent.futures.Future[T]):
             interrupt()
         return self.cancelled()
 
-    def result(self, timeout=None):
+    def result(self, timeout: float | None = None) -> T:
         """Return the call's result, waiting at most `timeout` seconds for it (None: for ever).
 
         Raises what the call raised; TimeoutError when the time is over; CancelledError; RuntimeError instead of
@@ -762,7 +786,7 @@ class BaseFuture(concurrent.futures.Future[T]):
         """
         kind, value = self._outcome or self._wait(timeout)
         if kind is _RESULT:
-            return value
+            return value  # type: ignore[no-any-return]
         if kind is _CANCELLED:
             value = concurrent.futures.CancelledError()
         try:
@@ -770,21 +794,21 @@ class BaseFuture(concurrent.futures.Future[T]):
         finally:
             del self, value         # the traceback would keep the future alive, and the future it
 
-    def exception(self, timeout=None):
+    def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what the call raised, or None; wait, time out and be cancelled as `result` does."""
         kind, value = self._outcome or self._wait(timeout)
         if kind is _CANCELLED:
             raise concurrent.futures.CancelledError()
         return value if kind is _ERROR else None
 
-    def add_done_callback(self, fn):
+    def add_done_callback(self, fn: Callable[[BaseFuture[T]], object]) -> None:
         """Call `fn(future)` when the call has ended, in the thread that ends it, or now if it has.
 
         What it raises is logged, and ignored.
         """
         _attend(self, "_callbacks", fn)
 
-    def __await__(self):
+    def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
             import asyncio
             return (yield from asyncio.wrap_future(self))
@@ -793,12 +817,12 @@ class BaseFuture(concurrent.futures.Future[T]):
             raise asyncio.CancelledError()
         return self.result()
 
-    def _known(self):
+    def _known(self) -> tuple[str, Any]:
         """Return the outcome that is there."""
         outcome = self.__dict__.get("_gate")
         return outcome if type(outcome) is tuple else self._outcome
 
-    def _wait(self, timeout):
+    def _wait(self, timeout: float | None) -> tuple[str, Any]:
         """Sleep until the outcome is there, and return it."""
         if timeout is None and _here.is_ours:
             _refuse_to_wait_for_own([self])
@@ -810,7 +834,7 @@ class BaseFuture(concurrent.futures.Future[T]):
             finally:
                 if not is_awake:
                     _leave(self, lock)
-        outcome = self._outcome
+        outcome: tuple[str, Any] | None = self._outcome
         if outcome is None:
             call = self.__dict__.get("_call")
             raise _timeout(f"the call {f'{call} ' if call else ''}has not ended within {timeout} seconds; it goes on")
@@ -818,28 +842,28 @@ class BaseFuture(concurrent.futures.Future[T]):
 
     # What an executor calls, and a test that plays one.
 
-    def set_running_or_notify_cancel(self):
+    def set_running_or_notify_cancel(self) -> bool:
         """Mark the call as begun; return False if it was cancelled."""
         return self._begin()
 
-    def set_result(self, result):
+    def set_result(self, result: T) -> None:
         """Settle the future with a result; InvalidStateError if it has an outcome."""
         self._set(_RESULT, result)
 
-    def set_exception(self, exception):
+    def set_exception(self, exception: BaseException | None) -> None:
         """Settle the future with an exception; InvalidStateError if it has an outcome."""
         self._set(_ERROR, exception)
 
-    def _set(self, kind, value):
+    def _set(self, kind: str, value: Any) -> None:
         if not _settle(self, kind, value):
             raise concurrent.futures.InvalidStateError(f"this future has its outcome already: {self!r}")
 
-    def _begin(self, claim=None):
+    def _begin(self, claim: object = None) -> bool:
         """Claim the call for a worker; True once, or each time for the same claim."""
         claim = claim or object()
         return self.__dict__.setdefault("_claim", claim) is claim
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         outcome = self._outcome
         if outcome is None:
             state = self._state.lower()
@@ -850,13 +874,13 @@ class BaseFuture(concurrent.futures.Future[T]):
         call = self.__dict__.get("_call")
         return f"<{type(self).__name__} at {id(self):#x} {state}{f' {call}' if call else ''}>"
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         import pickle
         raise pickle.PicklingError("a future cannot travel to another process: pass it as an argument "
                                    "with unwrap_futures, or its result")
 
 
-def _refuse_to_wait_for_own(futures):
+def _refuse_to_wait_for_own(futures: Iterable[Any]) -> None:
     """Raise a RuntimeError for a call that cannot begin before the one that waits for it, on this thread, has ended."""
     for future in futures:
         call = future.__dict__.get("_call") if isinstance(future, BaseFuture) else None
@@ -866,7 +890,7 @@ def _refuse_to_wait_for_own(futures):
                 f"call at a time; call the method itself, or have the other call made by another worker"))
 
 
-def _settle(future, kind, value):
+def _settle(future: BaseFuture[Any], kind: str, value: Any) -> bool:
     """Give a future its outcome, unless it has one; return whether this call did."""
     state = future.__dict__
     # Places and counters first: a waiter that submits at once must not find the queue still full.
@@ -884,18 +908,18 @@ def _settle(future, kind, value):
     return True
 
 
-def _withdraw(future):
+def _withdraw(future: BaseFuture[Any]) -> bool:
     """Cancel a call that has not begun; tell whether this did."""
     return future.__dict__.setdefault("_claim", _CANCELLED) is _CANCELLED and _settle(future, _CANCELLED, None)
 
 
-def _settle_unbegun(future, kind, value):
+def _settle_unbegun(future: BaseFuture[Any], kind: str, value: Any) -> None:
     """Settle a call that will never begin."""
     future.__dict__.setdefault("_claim", kind)
     _settle(future, kind, value)
 
 
-def _fail_dependent(future, kind, value):
+def _fail_dependent(future: BaseFuture[Any], kind: str, value: Any) -> None:
     """Settle a call whose dependency has failed: in a loop, for such chains may be long."""
     if _here.failing is not None:
         _here.failing.append((future, kind, value))
@@ -907,12 +931,12 @@ def _fail_dependent(future, kind, value):
         _here.failing = None
 
 
-def _settle_failing(failing):
+def _settle_failing(failing: collections.deque[tuple[BaseFuture[Any], str, Any]]) -> None:
     while failing:
         _settle_unbegun(*failing.popleft())
 
 
-def _settle_under(gate, future, outcome):
+def _settle_under(gate: _Gate, future: BaseFuture[Any], outcome: tuple[str, Any]) -> bool:
     with gate:
         if gate.outcome is not None:
             return False
@@ -924,21 +948,21 @@ def _settle_under(gate, future, outcome):
     return True
 
 
-def _attend(future, where, fn):
+def _attend(future: BaseFuture[Any], where: str, fn: Any) -> None:
     """Have `fn(future)` called when the future is done: among the wakers, or after them. A waker may be a lock."""
     future.__dict__.setdefault(where, []).append(fn)
     if future.done():
         _notify(future, where)
 
 
-def _leave(future, waker):
+def _leave(future: BaseFuture[Any], waker: Any) -> None:
     try:
         future.__dict__["_wakers"].remove(waker)
     except (KeyError, ValueError):
         pass
 
 
-def _notify(future, where):
+def _notify(future: BaseFuture[Any], where: str) -> None:
     """Call everything in the list, each once, though the settler and a late comer may both be here."""
     waiting = future.__dict__[where]
     while waiting:
@@ -958,33 +982,33 @@ def _notify(future, where):
             logger.exception("exception while %r was settled", future)
 
 
-def _is_foreign_future(x):
+def _is_foreign_future(x: object) -> bool:
     """Tell an asyncio future, without importing asyncio for it."""
     return getattr(type(x), "_asyncio_future_blocking", None) is not None
 
 
-def _is_future(x):
+def _is_future(x: object) -> bool:
     return isinstance(x, concurrent.futures.Future) or _is_foreign_future(x)
 
 
-def _is_ref(kind):
+def _is_ref(kind: type) -> bool:
     """Tell the type of Ray's ObjectRefs, without importing Ray for it."""
     return kind.__module__ == "ray" and kind.__name__ == "ObjectRef"
 
 
-def _wrap_refs(values):
+def _wrap_refs(values: Iterable[Any]) -> list[Any]:
     """Return the values as a list, with futures in the places of ObjectRefs."""
     if "ray" not in sys.modules:
         return list(values)
     return [wrap_future(x) if _is_ref(type(x)) else x for x in values]
 
 
-def _in_own_loop(future):
+def _in_own_loop(future: Any) -> bool:
     import asyncio
     return asyncio._get_running_loop() is future.get_loop()
 
 
-def _when_done(future, fn):
+def _when_done(future: Any, fn: Callable[[Any], object]) -> None:
     """Call `fn(future)` once a future of any kind is done; from any thread."""
     if isinstance(future, BaseFuture):
         _attend(future, "_wakers", fn)
@@ -994,21 +1018,21 @@ def _when_done(future, fn):
         future.get_loop().call_soon_threadsafe(future.add_done_callback, fn)
 
 
-def _forget_when_done(future, fn):
+def _forget_when_done(future: Any, fn: Callable[[Any], object]) -> None:
     """Take back what `_when_done` did."""
     if isinstance(future, BaseFuture):
         _leave(future, fn)
     elif isinstance(future, concurrent.futures.Future):
         with future._condition:
-            if fn in future._done_callbacks:
-                future._done_callbacks.remove(fn)
+            if fn in future._done_callbacks:  # type: ignore[attr-defined]
+                future._done_callbacks.remove(fn)  # type: ignore[attr-defined]
     elif _in_own_loop(future):
         future.remove_done_callback(fn)
     elif not future.get_loop().is_closed():
         future.get_loop().call_soon_threadsafe(future.remove_done_callback, fn)
 
 
-def _outcome_of(future):
+def _outcome_of(future: Any) -> tuple[str, Any]:
     """Return the (kind, value) of a done future of any kind."""
     if isinstance(future, BaseFuture):
         return future._known()
@@ -1018,12 +1042,16 @@ def _outcome_of(future):
     return (_RESULT, future.result()) if error is None else (_ERROR, error)
 
 
-def _kind_of(future):
+def _kind_of(future: Any) -> str:
     """Return how a done future of any kind has ended; its result need not come here for that."""
     return (future._outcome if isinstance(future, BaseFuture) else _outcome_of(future))[0]
 
 
-def wrap_future(future):
+@_overload
+def wrap_future(future: concurrent.futures.Future[T]) -> BaseFuture[T]: ...
+@_overload
+def wrap_future(future: Any) -> BaseFuture[Any]: ...
+def wrap_future(future: Any) -> BaseFuture[Any]:
     """Return a BaseFuture that ends as the given concurrent or asyncio future does, or as Ray's ObjectRef.
 
     Cancelling it cancels the original. A BaseFuture is returned as it is; TypeError for anything else.
@@ -1035,9 +1063,9 @@ def wrap_future(future):
         return _of_ref(future)
     if not _is_future(future):
         raise TypeError(f"a future is needed, not {type(future).__name__}")
-    ours = BaseFuture()
+    ours: BaseFuture[Any] = BaseFuture()
 
-    def cancel_theirs(ours):
+    def cancel_theirs(ours: BaseFuture[Any]) -> None:
         if ours.cancelled() and not future.done():
             if _is_foreign_future(future):
                 future.get_loop().call_soon_threadsafe(future.cancel)
@@ -1073,7 +1101,7 @@ class _BarStyle(_Choice):
     Ray = ("ray",)
 
 
-def _color(value):
+def _color(value: Any) -> Any:
     if value is None or value in _COLORS:
         return value
     if isinstance(value, str) and len(value) == 7 and value[0] == "#":
@@ -1082,14 +1110,14 @@ def _color(value):
     raise ValueError
 
 
-def _count(value):
+def _count(value: Any) -> float:
     number = _number(value, "a count")
     if not -_LARGEST < number < _LARGEST:
         raise ValueError
     return number
 
 
-_BAR_OPTIONS = {
+_BAR_OPTIONS: dict[str, _Option] = {
     "total": (lambda value: None if value is None else _positive_or_zero(value), "a number from 0, or None"),
     "desc": (str, "a text"),
     "unit": (str, "a text"),
@@ -1101,32 +1129,32 @@ _BAR_OPTIONS = {
 }
 
 
-def _positive_or_zero(value):
+def _positive_or_zero(value: Any) -> float:
     number = _count(value)
     if number < 0:
         raise ValueError
     return number
 
 
-def _clock(seconds):
+def _clock(seconds: float) -> str:
     """Return a span in digits: 00:09, 12:30, 1:02:03."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
 
-def _amount_shown(n):
+def _amount_shown(n: float) -> str:
     return f"{n}" if isinstance(n, int) else f"{n:.1f}"
 
 
-def _rate_shown(rate, unit):
+def _rate_shown(rate: float, unit: str) -> str:
     if 0 < rate < 1:
         return f"{1 / rate:.3g} s/{unit}"
     factor, letter = next(((f, each) for f, each in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if rate >= 10 * f), (1, ""))
     return f"{rate / factor:.1f}{letter} {unit}/s"
 
 
-def _columns(text):
+def _columns(text: str) -> int:
     """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
@@ -1135,7 +1163,7 @@ def _columns(text):
                for each in text)
 
 
-def _clipped(text, columns):
+def _clipped(text: str, columns: int) -> str:
     """Return a text on one line, cut where it is wider."""
     text = "".join(each if each.isprintable() else " " for each in text[:4 * columns + 4])
     if _columns(text) <= columns:
@@ -1145,7 +1173,7 @@ def _clipped(text, columns):
     return text + "…" * (columns > 0)
 
 
-def _line_of(shown, columns, blocks=_BLOCKS, paint=str):
+def _line_of(shown: _State, columns: int, blocks: str = _BLOCKS, paint: Callable[[str], str] = str) -> str:
     """Return what is shown as a line, no wider than so many columns: the less there is room for, the less it says.
 
     blocks: the cells of a bar, from empty to full. paint: a function that colours a part of the line.
@@ -1163,7 +1191,7 @@ def _line_of(shown, columns, blocks=_BLOCKS, paint=str):
     notes = [f"{shown.failed} failed"] * bool(shown.failed) + [_clipped(shown.text, columns)] * bool(shown.text)
     ends = [f" {count} [{', '.join([span, _rate_shown(shown.rate, shown.unit), *notes])}]",
             f" {count} [{', '.join([span, *notes])}]", f" {count} {', '.join(notes) or left or span}", f" {count}", ""]
-    room = -1
+    room, end = -1, ""
     for end in ends:
         room = columns - sum(map(_columns, (desc, share, end)))
         if room >= 0:
@@ -1175,7 +1203,7 @@ def _line_of(shown, columns, blocks=_BLOCKS, paint=str):
     return f"{desc}{paint(share + _bar_of(shown, room, blocks))}{end}"
 
 
-def _bar_of(shown, room, blocks):
+def _bar_of(shown: _State, room: int, blocks: str) -> str:
     """Return the bar itself, with its borders; nothing where there is hardly room."""
     cells = room - 2
     if cells < 4 or not blocks:
@@ -1192,11 +1220,11 @@ class _Screen:
     due = 0.0                       # when the next redraw may be
     is_busy = False
 
-    def __init__(self):
-        self.news = {}              # by the bar's key: what has not been shown yet
+    def __init__(self) -> None:
+        self.news: dict[Any, _State] = {}       # by the bar's key: what has not been shown yet
         self.lock = threading.RLock()
 
-    def put(self, key, shown):
+    def put(self, key: Any, shown: _State) -> None:
         """Show a bar; what cannot be shown now, for somebody else is at it, he will show; for ends that is waited for.
 
         Not for ever: a Ctrl-C may come just when the lock has been taken.
@@ -1209,7 +1237,7 @@ class _Screen:
             finally:
                 self.lock.release()
 
-    def _put_all(self):
+    def _put_all(self) -> None:
         self.is_busy = True
         try:
             while self.news:
@@ -1220,10 +1248,10 @@ class _Screen:
         finally:
             self.is_busy = False
 
-    def show(self, key, shown):
+    def show(self, key: Any, shown: _State) -> None:
         """Show one bar, or its end."""
 
-    def aside(self, print_something):
+    def aside(self, print_something: Callable[[], object]) -> None:
         """Have something printed where the bars may be in the way."""
         print_something()
 
@@ -1231,10 +1259,10 @@ class _Screen:
 class _Terminal(_Screen):
     """Lines at the end of a terminal, redrawn together; those that have ended stay above them."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.stream = stream
-        self.bars = {}
+        self.bars: dict[Any, _State] = {}
         self.height = 0             # how many lines there are now
         try:
             _BLOCKS.encode(stream.encoding or "ascii")
@@ -1242,18 +1270,18 @@ class _Terminal(_Screen):
         except (UnicodeError, LookupError):
             self.blocks = " #"
 
-    def show(self, key, shown):
+    def show(self, key: Any, shown: _State) -> None:
         if shown.state == "running":
             self.bars[key] = shown
             self.draw()
         elif self.bars.pop(key, None) is not None or shown.leave:
             self.draw([shown] if shown.leave else [])
 
-    def aside(self, print_something):
+    def aside(self, print_something: Callable[[], object]) -> None:
         with self.lock:
             self.draw(print_between=print_something)
 
-    def draw(self, ended=(), print_between=None):
+    def draw(self, ended: Sequence[_State] = (), print_between: Callable[[], object] | None = None) -> None:
         """Draw all anew, below what has just ended, and what somebody else wants to print there."""
         columns, rows = self.size()
         up = f"\x1b[{self.height - 1}A" if self.height > 1 else ""
@@ -1269,14 +1297,14 @@ class _Terminal(_Screen):
                           + "\n" * bool(ended and not running) + "\x1b[J")
         self.stream.flush()
 
-    def size(self):
+    def size(self) -> tuple[int, int]:
         try:
             columns, rows = os.get_terminal_size(self.stream.fileno())
         except (OSError, ValueError, AttributeError):
             columns, rows = 0, 0
         return (columns or 80) - 1, rows or 24         # in the last column a terminal may be about to wrap
 
-    def line(self, shown, columns):
+    def line(self, shown: _State, columns: int) -> str:
         color = _COLOR_OF.get(shown.state, shown.color)
         if color is None or os.environ.get("NO_COLOR"):
             return _line_of(shown, columns, self.blocks)
@@ -1287,12 +1315,12 @@ class _Terminal(_Screen):
 class _Lines(_Screen):
     """A line now and then, and one at the end: in files, pipes, the logs of a cluster."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.stream = stream
-        self.next = {}              # by the bar's key: the seconds after which it is told again
+        self.next: dict[Any, float] = {}        # by the bar's key: the seconds after which it is told again
 
-    def show(self, key, shown):
+    def show(self, key: Any, shown: _State) -> None:
         if shown.state != "running":
             self.next.pop(key, None)
             if not shown.leave:
@@ -1311,12 +1339,12 @@ class _Lines(_Screen):
 class _Notebook(_Screen):
     """HTML in the output of a Jupyter cell."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.displays = {}          # by the bar's key
+        self.displays: dict[Any, Any] = {}      # by the bar's key
 
-    def show(self, key, shown):
-        from IPython.display import HTML, display
+    def show(self, key: Any, shown: _State) -> None:
+        from IPython.display import HTML, display  # pyright: ignore[reportPrivateImportUsage, reportMissingImports]
         html = HTML(self.html(shown))
         if key not in self.displays:
             self.displays[key] = display(html, display_id=True)
@@ -1326,7 +1354,7 @@ class _Notebook(_Screen):
             del self.displays[key]
 
     @staticmethod
-    def html(shown):
+    def html(shown: _State) -> str:
         import html
         color = _COLOR_OF.get(shown.state, shown.color)
         style, accent = (f' style="color: {color}"', f"; accent-color: {color}") if color else ("", "")
@@ -1341,11 +1369,11 @@ class _Notebook(_Screen):
 class _Told(_Screen):
     """A function of the user's: `fn(done, total, elapsed)`."""
 
-    def __init__(self, fn):
+    def __init__(self, fn: Callable[[float, float | None, float], object]) -> None:
         super().__init__()
         self.fn = fn
 
-    def show(self, key, shown):
+    def show(self, key: Any, shown: _State) -> None:
         _here.callbacks += 1        # it must not wait for a place in a queue
         try:
             self.fn(shown.n, shown.total, shown.elapsed)
@@ -1358,24 +1386,27 @@ class _Told(_Screen):
 class _Above(_Screen):
     """The parent of this worker process."""
 
-    def show(self, key, shown):
+    def show(self, key: Any, shown: _State) -> None:
         _upstream.show(key, shown)
 
 
 _NOWHERE = _Screen()
 _NOWHERE.due = math.inf
-_screens = weakref.WeakValueDictionary()     # by the id of the stream, or the class where there is one in a process
+# By the id of the stream, or the class where there is one in a process.
+_screens: weakref.WeakValueDictionary[Any, _Screen] = weakref.WeakValueDictionary()
 _screens_lock = threading.RLock()
 
 
-def _is_notebook():
+def _is_notebook() -> bool:
     """Tell whether this process is the kernel of a notebook."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return get_shell is not None and getattr(get_shell(), "kernel", None) is not None
 
 
-def _screen_for(style):
+def _screen_for(style: _BarStyle) -> _Screen:
     """Return where a bar is shown."""
+    key: Any
+    make: Callable[[], _Screen]
     stream = sys.stderr
     if style is _BarStyle.Notebook or style is _BarStyle.Auto and _is_notebook():
         key, make = _Notebook, _Notebook
@@ -1393,7 +1424,7 @@ def _screen_for(style):
         return screen
 
 
-def _is_terminal(stream):
+def _is_terminal(stream: TextIO) -> bool:
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except (AttributeError, OSError, ValueError):
@@ -1426,10 +1457,16 @@ class ProgressBar:
     `n`, `total` and `desc` can be read. Raises TypeError for an unknown option, ValueError for an impossible value.
     """
 
+    n: float
+    total: float | None
+    desc: str
+    _iterable: Any
+    _marks: collections.deque[tuple[float, float]]
     _screen = _NOWHERE
 
-    def __init__(self, iterable=None, *, total=None, desc="", unit="it", ncols=None, color=None, disable=False,
-                 leave=True, style="auto"):
+    def __init__(self, iterable: Iterable[Any] | None = None, *, total: float | None = None, desc: str = "",
+                 unit: str = "it", ncols: int | None = None, color: str | None = None, disable: bool = False,
+                 leave: bool = True, style: str = "auto") -> None:
         given = {name: _parse(name, value, _BAR_OPTIONS) for name, value in locals().items() if name in _BAR_OPTIONS}
         if iterable is not None and not isinstance(iterable, collections.abc.Iterable):
             raise TypeError(f"a ProgressBar goes through an iterable, not {iterable!r}; a number is its total=")
@@ -1446,75 +1483,76 @@ class ProgressBar:
             self._screen = _screen_for(given["style"])
             self._moved()
 
-    def update(self, n=1):
+    def update(self, n: float = 1) -> None:
         """Move by n, a number; less than 0 moves back."""
         with self._lock:
             self.n += n
         self._moved()
 
-    def set_n(self, n):
+    def set_n(self, n: float) -> None:
         """Move to n."""
         n = _parse("n", n, {"n": (_count, "a number")})
         with self._lock:
             self.n = n
         self._moved()
 
-    def set_total(self, total):
+    def set_total(self, total: float | None) -> None:
         """Change how many there will be; None: not known."""
         self.total = _parse("total", total, _BAR_OPTIONS)
         self._moved()
 
-    def set_description(self, desc):
+    def set_description(self, desc: str) -> None:
         """Change the text that tells what is done."""
         self.desc = str(desc)
         self._moved()
 
-    def set_unit(self, unit):
+    def set_unit(self, unit: str) -> None:
         """Change what is counted."""
         self._unit = str(unit)
         self._moved()
 
-    def success(self, text=""):
+    def success(self, text: str = "") -> None:
         """End it, in green; with a text, perhaps. What comes after the end is counted, and not shown."""
         self._end("success", text)
 
-    def failure(self, text=""):
+    def failure(self, text: str = "") -> None:
         """End it, in red."""
         self._end("failure", text)
 
-    def stop(self, text=""):
+    def stop(self, text: str = "") -> None:
         """End it, in yellow: it was not finished."""
         self._end("stopped", text)
 
-    def close(self):
+    def close(self) -> None:
         """End it as what it is: a failure if something in it has failed, a success if all is done, else stopped."""
         is_whole = self.total is None or self.n >= self.total
         self._end("failure" if self._failed else "success" if is_whole else "stopped", "")
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         if self._iterable is None:
             raise TypeError("this ProgressBar has nothing to go through: it was made without an iterable")
         return self._go_through()
 
-    def _go_through(self):
+    def _go_through(self) -> Iterator[Any]:
         with self:
             for item in self._iterable:
                 yield item
                 self.update()
             self.success()
 
-    def __len__(self):
+    def __len__(self) -> int:
         if self.total is None:
             raise TypeError("the total of this ProgressBar is not known")
         return int(self.total)
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return True
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: types.TracebackType | None) -> None:
         if kind is None:
             self.close()
         elif issubclass(kind, Exception):
@@ -1522,32 +1560,32 @@ class ProgressBar:
         else:                               # Ctrl-C; a loop that was left early
             self.stop()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self._screen is not _NOWHERE:
             self.close()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<ProgressBar {self.desc!r}: {self.n} of {self.total}, {self._state}>"
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise _pickle().PicklingError("a ProgressBar cannot travel to another process: make one there, and it is "
                                       "shown here")
 
-    def _count(self, done, failed):
+    def _count(self, done: float, failed: int) -> None:
         with self._lock:
             self._failed += failed
         self.update(done)
 
-    def _moved(self):
+    def _moved(self) -> None:
         if time.monotonic() >= self._screen.due:
             self._show()
 
-    def _end(self, state, text):
+    def _end(self, state: str, text: str) -> None:
         if self._state == "running":
             self._text, self._state = str(text), state
             self._show()
 
-    def _show(self):
+    def _show(self) -> None:
         """Show it as it is, once at a time: what is shown after its end would stay for ever.
 
         Whoever finds somebody else at it leaves it to him, who looks again.
@@ -1568,7 +1606,7 @@ class ProgressBar:
             if self._state == state:
                 return
 
-    def _rate(self, now):
+    def _rate(self, now: float) -> float:
         """Return how many come in a second: of late while it runs, in all when it has ended."""
         then, n = self._marks[0]
         self._marks.append((now, self.n))
