@@ -4302,47 +4302,47 @@ class _Backend:
     has_time_limits = True          # a call that takes too long can be ended
     is_spent = False                # it gets no more calls, and ends after those that it has
     is_replacement = False          # of one that was given up or retired, or an addition: `init` is over
-    future = BaseFuture             # of a call to it
+    future: type[BaseFuture[Any]] = BaseFuture      # of a call to it
 
     @staticmethod
-    def set_up(recipe, options):
+    def set_up(recipe: _Recipe, options: _Options) -> Any:
         """Return what each worker needs to be built, once for all."""
 
     @staticmethod
-    def tear_down(pool):
+    def tear_down(pool: _Pool) -> None:
         """End what was set up: no worker is left."""
 
     @staticmethod
-    def shared(fn):
+    def shared(fn: Callable[..., Any]) -> Any:
         """Return what stands for a function in many calls."""
         return fn
 
     @staticmethod
-    def prepare(call, args, kwargs):
+    def prepare(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make the message of a call, where `prepares`, in the thread that submits it."""
 
     @staticmethod
-    def complete(call, values):
+    def complete(call: _Call, values: list[Any]) -> None:
         """Add the results that a prepared call has waited for to its message."""
 
     @staticmethod
-    def value_of(future):
+    def value_of(future: BaseFuture[Any]) -> Any:
         """Return the result of a dependency, or raise what became of loading it."""
         return _result_of(*_outcome_of(future))
 
-    def __init__(self, pool, index):
+    def __init__(self, pool: _Pool, index: int) -> None:
         self.pool = pool
         self.index = index
         self.name = f"{pool.name}-{index}"
-        self.calls = {}                 # placed here and not settled, in order
-        self.total = 0                  # ever placed here
+        self.calls: dict[_Call, None] = {}      # placed here and not settled, in order
+        self.total: int = 0             # ever placed here
         self.tally = _Tally()
-        self.runner = None
+        self.runner: Any = None
         self.halt = _Halt()
-        self.started = BaseFuture()
-        self.ended = BaseFuture()
+        self.started: Any = BaseFuture()
+        self.ended: BaseFuture[None] = BaseFuture()
 
-    def start(self):
+    def start(self) -> None:
         """Begin to build the user's object."""
 
     def make_thread(self, target: Callable[[], None], name: str) -> threading.Thread:
@@ -4361,20 +4361,20 @@ class _Backend:
     def interruption(self, call, kill):
         """Return a function that ends this running call, at the cost of its worker with `kill`; None: there is none."""
 
-    def finish(self):
+    def finish(self) -> None:
         """End the worker once what was submitted is done."""
 
-    def hurry(self):
+    def hurry(self) -> None:
         """Be told that the worker is stopped: nothing is tried again."""
         self.halt.set()
 
-    def kill(self, why):
+    def kill(self, why: str) -> None:
         """Fail what runs, telling why, and end the worker as soon as that can be done."""
         for call in list(self.calls):
             _settle(call.future, _ERROR, self.stopped(call, why, call.future.running()))
         self.finish()
 
-    def stopped(self, call, why, started):
+    def stopped(self, call: _Call, why: str, started: bool | None) -> WorkerDiedError:
         """Return the error of a call whose worker is ended before its time."""
         when = {True: "in the middle of this call", False: "before it began this call", None: "before this call's end"}
         return WorkerDiedError(f"{self.name} {why}, {when[started]}", self.name, call.method, started=started,
@@ -4385,38 +4385,38 @@ class _Backend:
         if self.is_spent:
             self.pool.dismiss(self)
 
-    def is_here(self):
+    def is_here(self) -> bool:
         """Tell whether this thread is the worker's, so that waiting for its end would be for ever."""
         return False
 
-    def calls_here(self):
+    def calls_here(self) -> Sequence[_Call]:
         """Return the calls that are being carried out because this thread has made them."""
         return ()
 
-    def stalls_here(self):
+    def stalls_here(self) -> bool:
         """Tell whether waiting in this thread would stall the calls that run."""
         return False
 
-    def overrun(self, call):
+    def overrun(self, call: _Call) -> None:
         """End a call that has run for too long, `call.overran` seconds; on the reader's thread."""
 
-    def overrun_error(self, call, what):
+    def overrun_error(self, call: _Call, what: str) -> Any:
         return _call_timeout_class()(f"{self.name} ran {call.method}() for more than {call.overran:g} seconds, its "
                                      f"call_timeout: {what}", call.method, self.name, call.overran)
 
-    def is_stuck_here(self, call):
+    def is_stuck_here(self, call: _Call) -> bool:
         """Tell whether a call of this worker cannot begin, or go on, while this thread waits for it."""
         return False
 
-    def where(self):
+    def where(self) -> str:
         """Return in words which worker this is."""
         return self.name
 
-    def stacks(self):
+    def stacks(self) -> Iterator[str]:
         """Yield texts that tell where its threads are."""
         yield from ()
 
-    def _build(self, *args):
+    def _build(self, *args: Any) -> bool:
         """Make the runner and settle `started`; tell whether the constructor returned."""
         try:
             self.runner = self.pool.context.copy().run(_Runner, self.pool.recipe, self.halt, *args)
@@ -4453,18 +4453,18 @@ def _show_name(name: str) -> None:
         os.close(file)
 
 
-def _stacks(threads):
+def _stacks(threads: Iterable[Any]) -> Iterator[str]:
     """Yield the lines of the stacks of this process's threads of these numbers."""
     frames = sys._current_frames()
     for frame in map(frames.get, threads):
-        stack = []
+        stack: list[types.FrameType] = []
         while frame is not None:
             stack.insert(0, frame)
             frame = frame.f_back
         yield from _shown_stack(stack)
 
 
-def _frames_of(coroutine):
+def _frames_of(coroutine: Any) -> Iterator[types.FrameType]:
     """Yield the frames of a coroutine that waits, and of what it waits for."""
     while coroutine is not None:
         for kind in ("cr", "gi", "ag"):
@@ -4476,7 +4476,7 @@ def _frames_of(coroutine):
             return
 
 
-def _shown_stack(frames):
+def _shown_stack(frames: Iterable[types.FrameType]) -> Iterator[str]:
     """Yield the lines of a stack, without those of this module and of what carries it."""
     import traceback
     for frame in frames:
@@ -4485,7 +4485,7 @@ def _shown_stack(frames):
             yield from traceback.format_list(list(traceback.extract_stack(frame, 1)))
 
 
-def _start_error(error, backend):
+def _start_error(error: BaseException, backend: _Backend) -> BaseException:
     """Return what `init` raises when a constructor raised this: a SystemExit must not end the caller."""
     if isinstance(error, SystemExit) and backend.pool.options.mode is not ExecutionMode.Sync:
         died = WorkerDiedError(f"the constructor of {backend.name} raised SystemExit({error.code!r})", backend.name,
@@ -4505,22 +4505,22 @@ class _SyncBackend(_Backend):
     runs_inline = True
     has_time_limits = False
 
-    def start(self):
-        self.inside = {}                # the calls being carried out: by which thread
+    def start(self) -> None:
+        self.inside: dict[_Call, int] = {}      # the calls being carried out: by which thread
         self.is_over = False
         self.once = itertools.count()
         self._build()
 
-    def submit(self, call):
+    def submit(self, call: _Call) -> None:
         if call.is_late:
             threading.Thread(target=self._run, args=(call,), name=self.name, daemon=True).start()
             return
         self._run(call)
-        kind, value = call.future._outcome
+        kind, value = call.future._outcome    # type: ignore[misc]
         if kind is _ERROR and isinstance(value, (KeyboardInterrupt, SystemExit)):
             raise value
 
-    def _run(self, call):
+    def _run(self, call: _Call) -> None:
         self.inside[call] = threading.get_ident()
         try:
             _carry_out(self.runner, call)
@@ -4529,24 +4529,24 @@ class _SyncBackend(_Backend):
             if self.is_over:
                 self._close()
 
-    def finish(self):
+    def finish(self) -> None:
         self.is_over = True
         self._close()
 
-    def _close(self):
+    def _close(self) -> None:
         """Close the runner, once, when no call is inside: it may be a call that ends its own worker."""
         if not self.inside and next(self.once) == 0:
             if self.runner is not None:
                 self.runner.close()
             _settle(self.ended, _RESULT, None)
 
-    def is_here(self):
+    def is_here(self) -> bool:
         return bool(self.calls_here())
 
-    def calls_here(self):
+    def calls_here(self) -> Sequence[_Call]:
         return [call for call in list(self.inside) if self.inside.get(call) == threading.get_ident()]
 
-    def stacks(self):
+    def stacks(self) -> Iterator[str]:
         return _stacks(list(self.inside.values()))
 
 
@@ -4556,19 +4556,19 @@ class _ThreadBackend(_Backend):
     can_be_killed = False
     is_given_up = False
 
-    def start(self):
-        self.inbox = queue.SimpleQueue()
-        self.submit = self.inbox.put
+    def start(self) -> None:
+        self.inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self.submit = self.inbox.put    # type: ignore[assignment, method-assign]
         self._start_thread()
 
     def _start_thread(self) -> None:
         self.thread = self.make_thread(self._main, self.name)
         self.thread.start()
 
-    def finish(self):
+    def finish(self) -> None:
         self.inbox.put(None)
 
-    def overrun(self, call):
+    def overrun(self, call: _Call) -> None:
         what = "a thread cannot be killed, it is left to itself, and a new worker takes its place"
         if _settle(call.future, _ERROR, self.overrun_error(call, what)):
             self.pool.replace(self)
@@ -4583,16 +4583,16 @@ class _ThreadBackend(_Backend):
         self.inbox.put(None)
         return calls
 
-    def is_here(self):
+    def is_here(self) -> bool:
         return self.thread is threading.current_thread()
 
-    def is_stuck_here(self, call):
+    def is_stuck_here(self, call: _Call) -> bool:
         return self.is_here()
 
-    def stacks(self):
+    def stacks(self) -> Iterator[str]:
         return _stacks([self.thread.ident])
 
-    def _main(self):
+    def _main(self) -> None:
         _here.is_ours = True
         _show_name(self.name)
         while (self._rebuild() if self.is_replacement else self._build()) and self._work():
@@ -4619,9 +4619,9 @@ class _ThreadBackend(_Backend):
         return not self.is_given_up
 
 
-def _taken_from(inbox):
+def _taken_from(inbox: queue.SimpleQueue[Any]) -> list[_Call]:
     """Return the calls that are in a queue, and take them out."""
-    calls = []
+    calls: list[_Call] = []
     while True:
         try:
             calls += filter(None, [inbox.get_nowait()])
@@ -4666,14 +4666,14 @@ class _OnDemandThreadBackend(_ThreadBackend):
             runner.close()
         _settle(self.ended, _RESULT, None)
 
-    def _keeps(self):
+    def _keeps(self) -> bool:
         return self.pool.recipe.cls is TaskWorker
 
     def rest(self):
         if self.is_spent or not self._keeps():
             self.pool.dismiss(self)
 
-    def _serve(self, call, runner, keeps):
+    def _serve(self, call: _Call, runner: _Runner | None, keeps: bool) -> _Runner | None:
         """Carry out a call, with the object made for it; return the runner if it may serve the next."""
         context = call.context
         if context is None or not call.future._begin():
@@ -4701,8 +4701,8 @@ class _AsyncioBackend(_Backend):
     ones are held back until all of those have ended.
     """
 
-    def start(self):
-        self.inbox = collections.deque()        # for the loop
+    def start(self) -> None:
+        self.inbox: collections.deque[_Call | None] = collections.deque()       # for the loop
         import asyncio
         self.is_over = False
         self.is_woken = False                   # the loop knows that there is something in it
@@ -4724,7 +4724,7 @@ class _AsyncioBackend(_Backend):
             self.loop.close()
             raise
 
-    def submit(self, call):
+    def submit(self, call: _Call) -> None:
         if self.runner.is_async(call):
             self._to_loop(call)
         else:
@@ -4762,7 +4762,7 @@ class _AsyncioBackend(_Backend):
     def finish(self):
         self.plain.put(None)
 
-    def kill(self, why):
+    def kill(self, why: str) -> None:
         for call in list(self.calls):
             call.future.cancel()
         self._stop_loop()
@@ -4793,33 +4793,33 @@ class _AsyncioBackend(_Backend):
         self.companion = self.make_thread(self._main_beside, self.name + "-plain")
         self.companion.start()
 
-    def is_here(self):
+    def is_here(self) -> bool:
         return threading.current_thread() in (self.thread, self.companion)
 
-    def stalls_here(self):
+    def stalls_here(self) -> bool:
         return threading.current_thread() is self.thread
 
-    def is_stuck_here(self, call):
+    def is_stuck_here(self, call: _Call) -> bool:
         try:
             is_on_loop = call.task is not None or self.runner.is_async(call)
         except TypeError:               # it is settled, and its arguments are gone
             return False
         return threading.current_thread() is (self.thread if is_on_loop else self.companion)
 
-    def stacks(self):
+    def stacks(self) -> Iterator[str]:
         yield from _stacks([self.thread.ident, self.companion.ident])
         for call in list(self.calls):
             if call.task is not None:
                 yield f"  in the coroutine {call.method}:"
                 yield from _shown_stack(_frames_of(call.task.get_coro()))
 
-    def _to_loop(self, call):
+    def _to_loop(self, call: _Call | None) -> None:
         self.inbox.append(call)
         if not self.is_woken:
             self.is_woken = True
             self.loop.call_soon_threadsafe(self._begin_calls)
 
-    def _begin_calls(self):
+    def _begin_calls(self) -> None:
         self.is_woken = False           # first: who comes now wakes us again
         begun = []
         while self.inbox:
@@ -4840,11 +4840,12 @@ class _AsyncioBackend(_Backend):
         if begun:
             self.loop.call_soon(self._look_after, begun)
 
-    def _start(self, call, context, run, *args):
+    def _start(self, call: _Call, context: contextvars.Context, run: Callable[..., Awaitable[tuple[str, Any]]],
+               *args: Any) -> None:
         call.task = context.run(self.loop.create_task, self._drive(call, run, *args))
         self.loop.call_soon(self._look_after, [(call, call.task)])
 
-    def _look_after(self, begun):
+    def _look_after(self, begun: list[tuple[_Call, Any]]) -> None:
         """Settle the calls whose tasks somebody has cancelled before their first step: nothing of `_drive` ran.
 
         Those steps are over by now. A done-callback of each task would take a fifth of a small call's time.
@@ -4853,7 +4854,7 @@ class _AsyncioBackend(_Backend):
             if task.cancelled():
                 _settle(call.future, _CANCELLED, None)
 
-    async def _drive(self, call, run, *args):
+    async def _drive(self, call: _Call, run: Callable[..., Awaitable[tuple[str, Any]]], *args: Any) -> None:
         _calling.set(call)
         if call.steps is None:
             _attempt_here.set(None)
@@ -4865,7 +4866,7 @@ class _AsyncioBackend(_Backend):
         call.task = None
         _settle(call.future, *outcome)
 
-    def _main(self):
+    def _main(self) -> None:
         import asyncio
         _here.is_ours = True
         _show_name(self.name)
@@ -4909,11 +4910,11 @@ class _AsyncioBackend(_Backend):
         else:
             self.plain.put(None)
 
-    def _stop(self):
+    def _stop(self) -> None:
         self.is_over = True
         self.loop.stop()
 
-    def _main_beside(self):
+    def _main_beside(self) -> None:
         _here.is_ours = True
         me = threading.current_thread()
         _show_name(me.name)
@@ -4926,13 +4927,13 @@ class _AsyncioBackend(_Backend):
                 self._serve(call)
                 call = None
 
-    def _stop_loop(self):
+    def _stop_loop(self) -> None:
         try:
             self._to_loop(None)
         except RuntimeError:        # it is closed
             pass
 
-    def _serve(self, call):
+    def _serve(self, call: _Call) -> None:
         """Carry out a plain method once; a coroutine that it returns goes on on the loop, as do waits."""
         context = call.context
         if context is None:
@@ -4961,7 +4962,7 @@ class _AsyncioBackend(_Backend):
         else:
             self._step(call, context, outcome)
 
-    def _step(self, call, context, answer):
+    def _step(self, call: _Call, context: contextvars.Context, answer: Any) -> None:
         """Go on with a retry loop: to a wait, another run, or its end."""
         try:
             step = context.run(call.steps.send, answer)
@@ -4980,18 +4981,18 @@ class _AsyncioBackend(_Backend):
         except RuntimeError:            # it is closed: the worker is stopped
             self._step(call, context, True)
 
-    def _start_wait(self, call, context, seconds):
+    def _start_wait(self, call: _Call, context: contextvars.Context, seconds: float) -> None:
         if self.halt.is_set:
             self._step(call, context, True)
             return
 
-        async def wait():
+        async def wait() -> None:
             is_cut = await self.halt.pause_async(seconds)
             self._step(call, context, is_cut)
         self.waits.add(task := self.loop.create_task(wait()))
         task.add_done_callback(self.waits.discard)
 
-    def _attempt(self, call):
+    def _attempt(self, call: _Call) -> Any:
         _calling.set(call)
         try:
             return self.runner.attempt(call.method, call.args, call.kwargs)
@@ -5005,23 +5006,29 @@ class _AsyncioBackend(_Backend):
 class _OnDemand:
     """A worker elsewhere that is made for one call; one for functions stays until it has been idle for a moment."""
 
-    def submit(self, call):
+    pool: Any
+    total: int
+    tally: _Tally
+    is_finishing: bool
+    reader: Any
+
+    def submit(self, call: _Call) -> None:
         most = self.pool.options.max_tasks_per_worker
         is_retired = most is not None and self.total >= most
         self.tally.retired += is_retired
-        self.is_spent = is_retired or self.pool.recipe.cls is not TaskWorker
-        super().submit(call)
+        self.is_spent: bool = is_retired or self.pool.recipe.cls is not TaskWorker
+        super().submit(call)        # type: ignore[misc]
 
-    def rest(self):
+    def rest(self) -> None:
         self.reader.post(self._rest, self.total)
 
-    def _rest(self, total):
+    def _rest(self, total: int) -> None:
         if self.is_spent or self.pool.closed is not None:
             self._leave(total)
         else:
             self.reader.later(self.pool.options.on_demand_linger, lambda: self._leave(total))
 
-    def _leave(self, total):
+    def _leave(self, total: int) -> None:
         if total == self.total and not self.is_finishing:
             self.pool.dismiss(self)
 
@@ -5050,12 +5057,12 @@ _BUFFER_SIZE = 64 * 1024         # the size from which pickle writes bytes apart
 _MOST_CONTEXTS = 100             # exceptions before an exception that travel with it
 _TRIES = 10_000                  # members looked at, at most, to find the one that fails
 
-_classes = weakref.WeakValueDictionary()    # token: class; type variables have tokens, too
-_tokens = weakref.WeakKeyDictionary()
-_received = weakref.WeakSet()               # classes which a further message may refresh
+_classes: MutableMapping[bytes, Any] = weakref.WeakValueDictionary()   # token: class; type variables have tokens, too
+_tokens: MutableMapping[Any, bytes] = weakref.WeakKeyDictionary()
+_received: weakref.WeakSet[type] = weakref.WeakSet()    # classes which a further message may refresh
 _naming = threading.RLock()                 # a finalizer may load something while it is held
 _process = os.urandom(12)
-_picklers = []                              # idle ones: making one costs twice a small call
+_picklers: list[Any] = []                   # idle ones: making one costs twice a small call
 
 
 class RemoteError(RuntimeError):
@@ -5063,21 +5070,21 @@ class RemoteError(RuntimeError):
 
     `type_name` is the qualified name of its class, `traceback` the text of its traceback.
     """
-    def __init__(self, type_name, text, traceback=""):
+    def __init__(self, type_name: str, text: str, traceback: str = "") -> None:
         super().__init__(f"{type_name}: {text}" if text else type_name)
         self.type_name, self.text, self.traceback = type_name, text, traceback
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.type_name, self.text, self.traceback)
 
 
 class _RemoteTraceback(Exception):
     """Show, as the cause of an exception, the traceback that stayed on the other side."""
-    def __str__(self):
+    def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
 
 
-def _dumps(obj, roots=None):
+def _dumps(obj: Any, roots: Callable[[], tuple[Any, ...]] | None = None) -> tuple[bytes, list[memoryview]]:
     """Return obj as (bytes, buffers): read-only or writable memoryviews of at least BUFFER_SIZE.
 
     Raises PicklingError that names the member which cannot travel. `roots` is called only then
@@ -5092,6 +5099,7 @@ def _dumps(obj, roots=None):
         pickler.dump(obj)
     except Exception as error:
         raise _explain(error, *(roots() if roots else ({"object": obj},))) from error
+    buffers: list[memoryview]
     parts = pickler.parts
     if len(parts) == 1:
         data, buffers = parts.pop(), []
@@ -5108,12 +5116,12 @@ def _dumps(obj, roots=None):
 _PLAINEST = frozenset([int, float, bool, str, type(None)])       # there is nothing in them to be asked about
 
 
-def _dumps_plain(obj):
+def _dumps_plain(obj: Any) -> tuple[bytes, Sequence[memoryview]]:
     """Do as `_dumps` for what consists of nothing but the plainest."""
     return _pickle().dumps(obj, 5), ()
 
 
-def _loads(data, buffers=()):
+def _loads(data: bytes | bytearray, buffers: Iterable[Any] = ()) -> Any:
     """Return the object; buffers are `bytes` where the sender's were read-only, else bytearrays.
 
     Bytes and bytearrays of the sender become these very objects.
@@ -5121,13 +5129,13 @@ def _loads(data, buffers=()):
     return _pickle().loads(data, buffers=buffers)
 
 
-def _pin(cls):
+def _pin(cls: type) -> None:
     """Leave a class that was sent once, and its bases, as they are when they come again."""
     for each in cls.__mro__:
         _received.discard(each)
 
 
-def _name_classes(obj):
+def _name_classes(obj: Any) -> None:
     """Give the classes of `__main__`, and those that obj leads to, their tokens before a fork."""
     for thing in list(vars(sys.modules["__main__"]).values()):
         if isinstance(thing, type) and thing.__module__ == "__main__":
@@ -5138,7 +5146,7 @@ def _name_classes(obj):
         pass
 
 
-def _be_forked():
+def _be_forked() -> None:
     """Begin the life of a forked worker: its classes are copies of the parent's, and may change."""
     global _process, _naming
     _process, _naming = os.urandom(12), threading.RLock()
@@ -5149,35 +5157,35 @@ def _be_forked():
 
 
 @functools.lru_cache(None)
-def _pickle():
+def _pickle() -> Any:
     import pickle
     return pickle
 
 
 @functools.lru_cache(None)
-def _pickler_class():
-    class Pickler(_pickle().Pickler):
+def _pickler_class() -> Any:
+    class Pickler(_pickle().Pickler):    # type: ignore[misc]
         """Write to a list, apart from what is large; ask the reducers about what is special."""
-        def __init__(self):
-            self.parts = []
-            self.scopes = {}            # id of a globals dict: its _Scope
-            self.bare = set()           # ids of what comes empty, for another fills it
+        def __init__(self) -> None:
+            self.parts: Any = []
+            self.scopes: dict[int, Any] = {}    # id of a globals dict: its _Scope
+            self.bare: set[int] = set()         # ids of what comes empty, for another fills it
             file = types.SimpleNamespace(write=self.parts.append)
             super().__init__(file, 5, buffer_callback=self.keep_apart)
 
-        def reset(self):
+        def reset(self) -> None:
             self.clear_memo()
             if self.scopes or self.bare:
                 self.scopes, self.bare = {}, set()
 
-        def keep_apart(self, buffer):
+        def keep_apart(self, buffer: Any) -> Any:
             try:
                 raw = buffer.raw()
             except BufferError:         # not contiguous: pickle says so itself
                 return True
             return raw.nbytes < _BUFFER_SIZE or self.parts.append(raw)
 
-        def reducer_override(self, obj):
+        def reducer_override(self, obj: Any) -> Any:
             kind = type(obj)
             reduce = _reducers.get(kind) or _reducers.get((kind.__module__, kind.__name__))
             if reduce is not None:
@@ -5191,11 +5199,12 @@ def _pickler_class():
 
 # --- Buffers
 
-def _sorted_out(parts):
+def _sorted_out(parts: list[Any]) -> tuple[bytes, list[memoryview]]:
     # The C pickler writes bytes and bytearrays from 64 KiB apart and uncopied, after a part that
     # ends in their opcode and size. Putting "next buffer" in place of these takes them out of
     # the stream: anywhere in the object, each once, in the order of the other buffers. Were they
     # written otherwise some day, they would simply stay in the stream.
+    stream: list[bytes]
     stream, buffers = [], []
     for part in parts:
         if type(part) is memoryview:
@@ -5210,7 +5219,7 @@ def _sorted_out(parts):
     return b"".join(stream), buffers
 
 
-def _without_header(head, part):
+def _without_header(head: bytes, part: bytes | bytearray) -> bytes | None:    # type: ignore[return]
     size = len(part)
     if type(part) is bytearray:
         header, instead = b"\x96" + size.to_bytes(8, "little"), b"\x97"
@@ -5225,7 +5234,7 @@ def _without_header(head, part):
 
 # --- By reference
 
-def _is_importable(name):
+def _is_importable(name: Any) -> bool:
     """Tell whether the other side can import the module: itself, as it is here."""
     if name == __name__:
         return True
@@ -5233,7 +5242,7 @@ def _is_importable(name):
     return name not in ("__main__", "__mp_main__") and getattr(module, "__spec__", None) is not None
 
 
-def _is_found(obj, qualname):
+def _is_found(obj: Any, qualname: str) -> bool:
     """Tell whether obj is what its module has under its name."""
     name = getattr(obj, "__module__", None)
     if not isinstance(name, str) or not _is_importable(name):
@@ -5244,12 +5253,12 @@ def _is_found(obj, qualname):
     return found is obj
 
 
-def _import(name):
+def _import(name: str) -> types.ModuleType:
     __import__(name)
     return sys.modules[name]
 
 
-def _reduce_module(pickler, module):
+def _reduce_module(pickler: Any, module: types.ModuleType) -> tuple[Any, ...]:
     name = module.__name__
     if sys.modules.get(name) is not module or not (name == "__main__" or _is_importable(name)):
         raise _pickle().PicklingError(
@@ -5257,7 +5266,7 @@ def _reduce_module(pickler, module):
     return _import, (name,)
 
 
-def _reduce_constant(pickler, obj):
+def _reduce_constant(pickler: Any, obj: Any) -> Any:
     """Send what dataclasses compares by identity, MISSING and the like, by its name."""
     module = sys.modules[type(obj).__module__]
     for name, value in vars(module).items():
@@ -5270,19 +5279,19 @@ def _reduce_constant(pickler, obj):
 
 class _Scope:
     """Stand for the globals of one module of the sender, within one message."""
-    def __init__(self, variables):
+    def __init__(self, variables: dict[str, Any]) -> None:
         names = ("__name__", "__file__", "__package__", "__doc__")
         self.variables = {name: variables[name] for name in names if name in variables}
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _make_scope, (self.variables,)
 
 
-def _make_scope(variables):
+def _make_scope(variables: dict[str, Any]) -> dict[str, Any]:
     return {**variables, "__builtins__": builtins}
 
 
-def _scope(pickler, function):
+def _scope(pickler: Any, function: Any) -> Any:
     """Return a module's name or, for what cannot be imported, the message's _Scope."""
     variables = function.__globals__
     name = variables.get("__name__")
@@ -5293,7 +5302,7 @@ def _scope(pickler, function):
 
 
 @functools.lru_cache(1024)
-def _names(code):
+def _names(code: types.CodeType) -> tuple[list[str], list[str]]:
     """Return the names of globals that code uses, nested code included, and all its names."""
     import dis
     reads = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "DELETE_GLOBAL")
@@ -5307,12 +5316,12 @@ def _names(code):
     return sorted(used - {"__builtins__"}), sorted(names)
 
 
-def _used_globals(function):
+def _used_globals(function: types.FunctionType) -> dict[str, Any]:
     variables = function.__globals__
     return {name: variables[name] for name in _names(function.__code__)[0] if name in variables}
 
 
-def _submodules(code, values):
+def _submodules(code: types.CodeType, values: Iterable[Any]) -> list[str]:
     """Return the names of submodules, such as `os.path`, that code reaches through modules."""
     found = [each.__name__ for each in values if isinstance(each, types.ModuleType)]
     for module in found:
@@ -5321,9 +5330,9 @@ def _submodules(code, values):
     return [name for name in found if "." in name]
 
 
-def _contents(function):
+def _contents(function: types.FunctionType) -> list[tuple[Any, ...]]:
     """Return what the cells hold: one-tuples, empty ones for cells not yet filled."""
-    contents = []
+    contents: list[tuple[Any, ...]] = []
     for cell in function.__closure__ or ():
         try:
             contents.append((cell.cell_contents,))
@@ -5334,10 +5343,10 @@ def _contents(function):
     return contents
 
 
-def _attributes(function):
+def _attributes(function: types.FunctionType) -> dict[str, Any]:
     names = ("__defaults__", "__kwdefaults__", "__annotations__", "__type_params__")
-    found = {"__doc__": function.__doc__, "__module__": function.__module__,
-             "__qualname__": function.__qualname__}
+    found: dict[str, Any] = {"__doc__": function.__doc__, "__module__": function.__module__,
+                             "__qualname__": function.__qualname__}
     for name in names:
         try:
             value = getattr(function, name, None)
@@ -5348,7 +5357,7 @@ def _attributes(function):
     return found
 
 
-def _reduce_function(pickler, function):
+def _reduce_function(pickler: Any, function: types.FunctionType) -> Any:
     if _is_found(function, function.__qualname__):
         return NotImplemented
     if _is_task(function):
@@ -5362,21 +5371,21 @@ def _reduce_function(pickler, function):
     return made + (_function_state(function, scope), None, None, _fill_function)
 
 
-def _is_task(function):
+def _is_task(function: types.FunctionType) -> bool:
     """Tell whether the function's name now means its handle: `@task` was there."""
     if not _is_importable(function.__module__):
         return False
-    found = sys.modules[function.__module__]
+    found: Any = sys.modules[function.__module__]
     for part in function.__qualname__.split("."):
         found = getattr(found, part, None)
     return isinstance(found, _TaskFunction) and found.__wrapped__ is function
 
 
-def _function_of_task(module, qualname):
+def _function_of_task(module: str, qualname: str) -> Any:
     return functools.reduce(getattr, qualname.split("."), _import(module)).__wrapped__
 
 
-def _function_state(function, scope):
+def _function_state(function: types.FunctionType, scope: str | _Scope) -> tuple[Any, ...]:
     contents = _contents(function)
     variables = {} if isinstance(scope, str) else _used_globals(function)
     values = [*variables.values(), *(each[0] for each in contents if each)]
@@ -5384,12 +5393,13 @@ def _function_state(function, scope):
     return variables, submodules, contents, _attributes(function), vars(function)
 
 
-def _make_function(code, scope, name, cells):
+def _make_function(code: types.CodeType, scope: str | dict[str, Any], name: str,
+                   cells: tuple[types.CellType, ...] | None) -> types.FunctionType:
     variables = vars(_import(scope)) if isinstance(scope, str) else scope
     return types.FunctionType(code, variables, name, None, cells)
 
 
-def _fill_function(function, state):
+def _fill_function(function: types.FunctionType, state: tuple[Any, ...]) -> None:
     variables, submodules, contents, attributes, members = state
     function.__globals__.update(variables)
     for name in submodules:
@@ -5402,24 +5412,24 @@ def _fill_function(function, state):
     vars(function).update(members)
 
 
-def _reduce_code(pickler, code):
+def _reduce_code(pickler: Any, code: types.CodeType) -> tuple[Any, ...]:
     return _load_code, (_dump_code(code),)
 
 
 @functools.lru_cache(1024)
-def _dump_code(code):
+def _dump_code(code: types.CodeType) -> bytes:
     import marshal
     return marshal.dumps(code)
 
 
 # One code object for all copies: the interpreter's specialisations then outlive a message.
 @functools.lru_cache(1024)
-def _load_code(data):
+def _load_code(data: bytes) -> Any:
     import marshal
     return marshal.loads(data)
 
 
-def _reduce_cell(pickler, cell):
+def _reduce_cell(pickler: Any, cell: types.CellType) -> tuple[Any, ...]:
     if id(cell) in pickler.bare:        # its function fills it
         return types.CellType, ()
     try:
@@ -5428,11 +5438,11 @@ def _reduce_cell(pickler, cell):
         return types.CellType, ()
 
 
-def _fill_cell(cell, contents):
+def _fill_cell(cell: types.CellType, contents: Any) -> None:
     cell.cell_contents = contents
 
 
-def _reduce_method(pickler, method):
+def _reduce_method(pickler: Any, method: types.MethodType) -> Any:
     """Send a method by its name, as pickle does, where that is sure to find it."""
     function, name = method.__func__, getattr(method, "__name__", "")
     if getattr(method.__self__, name, None) != method:
@@ -5442,7 +5452,7 @@ def _reduce_method(pickler, method):
     return _make_method, (method.__self__, name, function)
 
 
-def _make_method(owner, name, function):
+def _make_method(owner: Any, name: str, function: types.FunctionType) -> Any:
     """Return the owner's own method, or a copy while the owner's class is still to be filled."""
     found = getattr(owner, name, None)
     if getattr(found, "__qualname__", None) == function.__qualname__:
@@ -5450,20 +5460,20 @@ def _make_method(owner, name, function):
     return types.MethodType(function, owner)
 
 
-def _reduce_wrapper(pickler, wrapper):
+def _reduce_wrapper(pickler: Any, wrapper: Any) -> tuple[Any, ...]:
     return type(wrapper), (wrapper.__func__,)
 
 
-def _reduce_property(pickler, member):
+def _reduce_property(pickler: Any, member: property) -> tuple[Any, ...]:
     return type(member), (member.fget, member.fset, member.fdel, member.__doc__)
 
 
-def _reduce_cached_property(pickler, member):       # up to 3.11 it holds a lock
+def _reduce_cached_property(pickler: Any, member: Any) -> tuple[Any, ...]:       # up to 3.11 it holds a lock
     state = {name: value for name, value in vars(member).items() if name != "lock"}
     return type(member), (member.func,), state
 
 
-def _reduce_cache(pickler, cache):
+def _reduce_cache(pickler: Any, cache: Any) -> Any:
     if _is_found(cache, getattr(cache, "__qualname__", "")):
         return NotImplemented
     # The function's state comes with the cache's, for it may use the cache by its global name.
@@ -5476,23 +5486,23 @@ def _reduce_cache(pickler, cache):
     return made + ((function, state, vars(cache)), None, None, _fill_cache)
 
 
-def _make_cache(function, parameters):
+def _make_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(function)
 
 
-def _fill_cache(cache, state):
+def _fill_cache(cache: Any, state: tuple[Any, ...]) -> None:
     function, function_state, members = state
     if function_state is not None:
         _fill_function(function, function_state)
     vars(cache).update(members)
 
 
-def _reduce_proxy(pickler, proxy):
+def _reduce_proxy(pickler: Any, proxy: types.MappingProxyType[Any, Any]) -> tuple[Any, ...]:
     import gc
     return types.MappingProxyType, (gc.get_referents(proxy)[0],)
 
 
-def _reduce_weak_dict(pickler, mapping):
+def _reduce_weak_dict(pickler: Any, mapping: weakref.WeakKeyDictionary[Any, Any]) -> tuple[Any, ...]:
     return type(mapping), (dict(mapping),)
 
 
@@ -5501,24 +5511,24 @@ class _Validated:
 
     The validator is built at the first call: only then is all there that annotations mention.
     """
-    def __init__(self, function, hints, options):
+    def __init__(self, function: Any, hints: dict[str, Any] | None, options: dict[str, Any]) -> None:
         self.function, self.hints, self.options = function, hints, options
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._validator(*args, **kwargs)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Validated, (self.function, self.hints, self.options)
 
     @functools.cached_property
-    def _validator(self):
+    def _validator(self) -> Any:
         from pydantic import validate_call
         if self.hints:
             self.function.__annotations__ = self.hints
         return validate_call(**self.options)(self.function)
 
 
-def _unvalidated(call):
+def _unvalidated(call: Any) -> Any:
     """Return what takes the place of pydantic's wrapper, which holds code of its own."""
     wrapper = getattr(call, "__self__", call)
     if type(wrapper).__name__ != "ValidateCallWrapper":
@@ -5529,7 +5539,7 @@ def _unvalidated(call):
     return _Validated(wrapper.function, _hints(wrapper.function), options)
 
 
-def _hints(function):
+def _hints(function: Any) -> dict[str, Any] | None:
     """Evaluate annotations that are strings: their names mean something only at home."""
     if not any(isinstance(each, str) for each in getattr(function, "__annotations__", {}).values()):
         return None
@@ -5542,7 +5552,7 @@ def _hints(function):
 
 # --- Classes
 
-def _token(thing):
+def _token(thing: Any) -> bytes:
     token = _tokens.get(thing)
     if token is None:
         token = _tokens.setdefault(thing, os.urandom(12))
@@ -5550,7 +5560,7 @@ def _token(thing):
     return token
 
 
-def _known(token, make, *args):
+def _known(token: bytes, make: Callable[..., Any], *args: Any) -> Any:
     """Return what the token names here, else make it: the first to arrive keeps the name."""
     thing = _classes.get(token)
     if thing is not None:
@@ -5564,30 +5574,32 @@ def _known(token, make, *args):
     return thing
 
 
-def _reduce_class(pickler, cls):
+def _reduce_class(pickler: Any, cls: type) -> Any:
     if _is_found(cls, cls.__qualname__):
         return NotImplemented
     if not cls.__flags__ & 1 << 9:      # not a heap type: made in C
         return _reduce_builtin(cls)
     enum = sys.modules.get("enum")
+    make: Callable[..., Any]
+    content: Any
     if enum and isinstance(cls, enum.EnumMeta):
         make, content = _make_enum, _enum_content(cls)
     else:
         make, content = _make_class, vars(cls).get("__slots__")
     args = make, type(cls), cls.__name__, cls.__bases__, cls.__module__, content
-    registered = ()
+    registered: Sequence[Any] = ()
     if isinstance(cls, _abc().ABCMeta):
         registered = [each() for each in _abc()._get_dump(cls)[0] if each() is not None]
     state = _process, _members(cls), registered
     return _known, (_token(cls), *args), state, None, None, _fill_class
 
 
-def _abc():
+def _abc() -> Any:
     import abc
     return abc
 
 
-def _reduce_builtin(cls):
+def _reduce_builtin(cls: type) -> Any:
     for name, value in vars(types).items():
         if value is cls:
             return getattr, (types, name)
@@ -5600,7 +5612,7 @@ _MADE = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "__pydantic_parent
          "_unhashable_values_", "_unhashable_values_map_"}
 
 
-def _members(cls):
+def _members(cls: type) -> dict[str, Any]:
     descriptors = types.MemberDescriptorType, types.GetSetDescriptorType
     made = _MADE.union(vars(cls).get("_member_map_", ()))
     found = {name: value for name, value in vars(cls).items() if name not in made
@@ -5608,14 +5620,14 @@ def _members(cls):
     return {**found, "__qualname__": cls.__qualname__}
 
 
-def _make_class(meta, name, bases, module, slots):
+def _make_class(meta: type, name: str, bases: tuple[type, ...], module: str, slots: Any) -> Any:
     namespace = {"__module__": module}
     if slots is not None:
         namespace["__slots__"] = slots
     return _quiet_class(meta, name, bases, namespace)
 
 
-def _quiet_class(meta, name, bases, namespace):
+def _quiet_class(meta: type, name: str, bases: tuple[Any, ...], namespace: dict[str, Any]) -> Any:
     """Make a class without running `__init_subclass__` of its bases.
 
     It has run at home, perhaps with arguments of which nothing is left; what it did to the class
@@ -5635,7 +5647,7 @@ def _quiet_class(meta, name, bases, namespace):
     return new(meta, name, bases, namespace)
 
 
-def _quiet_base(base):
+def _quiet_base(base: Any) -> Any:
     layout = base
     while layout.__base__ is not None and _shape(layout) == _shape(layout.__base__):
         layout = layout.__base__
@@ -5646,15 +5658,15 @@ def _quiet_base(base):
     return _quiet_class(type(parent), "Quiet", (parent,), namespace)
 
 
-def _shape(cls):
+def _shape(cls: type) -> tuple[int, bool, bool]:
     return cls.__basicsize__, cls.__dictoffset__ != 0, cls.__weakrefoffset__ != 0
 
 
-def _ignore(*args, **kwargs):
+def _ignore(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _fill_class(cls, state):
+def _fill_class(cls: type, state: tuple[Any, ...]) -> None:
     process, members, registered = state
     if process == _process or cls not in _received:
         return
@@ -5664,7 +5676,7 @@ def _fill_class(cls, state):
         _abc().ABCMeta.register(cls, each)
 
 
-def _enum_content(cls):
+def _enum_content(cls: Any) -> tuple[Any, ...]:
     """Return the mixed-in type, the boundary, and of each member its name, plain value of that
     type, value and attributes.
     """
@@ -5677,15 +5689,15 @@ def _enum_content(cls):
     return kind, vars(cls).get("_boundary_"), members
 
 
-def _plain(kind, member):
+def _plain(kind: Any, member: Any) -> Any:
     return kind.__pos__(member) if kind in (int, float) else kind.__getitem__(member, slice(None))
 
 
-def _make_enum(meta, name, bases, module, content):
+def _make_enum(meta: Any, name: str, bases: tuple[type, ...], module: str, content: Any) -> Any:
     """Let enum's own machinery make the class, with a `__new__` that knows what comes out."""
     kind, boundary, members = content
 
-    def new(cls, made):
+    def new(cls: Any, made: Any) -> Any:
         if kind is tuple:               # wrapped once more
             made, = made
         plain, value, attributes = made.content
@@ -5709,7 +5721,7 @@ def _make_enum(meta, name, bases, module, content):
     return cls
 
 
-def _reduce_type_variable(pickler, variable):
+def _reduce_type_variable(pickler: Any, variable: Any) -> Any:
     name = variable.__name__
     if _is_found(variable, name):
         return NotImplemented
@@ -5721,13 +5733,13 @@ def _reduce_type_variable(pickler, variable):
                     (name, *constraints), options)
 
 
-def _make_type_variable(kind, module, args, options):
+def _make_type_variable(kind: Any, module: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     variable = kind(*args, **options)
     variable.__module__ = module
     return variable
 
 
-def _reduce_new_type(pickler, new_type):
+def _reduce_new_type(pickler: Any, new_type: Any) -> Any:
     if _is_found(new_type, new_type.__qualname__):
         return NotImplemented
     args = new_type.__qualname__, new_type.__supertype__
@@ -5738,7 +5750,7 @@ def _reduce_new_type(pickler, new_type):
 _families = (type, property, staticmethod, classmethod)
 
 
-def _reduce_relative(pickler, obj):
+def _reduce_relative(pickler: Any, obj: Any) -> Any:
     """Reduce a class with a metaclass, or an object of a subclass of property and its kind."""
     if isinstance(obj, type):
         return _reduce_class(pickler, obj)
@@ -5747,7 +5759,7 @@ def _reduce_relative(pickler, obj):
 
 
 # By type; by name what not everybody has imported.
-_reducers = {
+_reducers: dict[Any, Callable[[Any, Any], Any]] = {
     type: _reduce_class,
     types.FunctionType: _reduce_function,
     types.CodeType: _reduce_code,
@@ -5776,7 +5788,7 @@ _reducers = {
 
 # --- What cannot travel
 
-def _explain(error, roots, of=""):
+def _explain(error: Exception, roots: dict[str, Any], of: Any = "") -> Any:
     """Return the PicklingError that tells which member of the roots cannot travel, and why.
 
     `roots` are objects by their label, `of` follows the label in the message. Pickling is tried
@@ -5792,7 +5804,7 @@ def _explain(error, roots, of=""):
     return _pickle().PicklingError(f"{', '.join(roots)}{of}: {type(error).__name__}: {error}")
 
 
-def _reason(culprit, error):
+def _reason(culprit: Any, error: Exception) -> str:
     text = str(error)
     if isinstance(error, _pickle().PicklingError) or text.startswith("cannot pickle"):
         return text
@@ -5802,15 +5814,16 @@ def _reason(culprit, error):
     return f"cannot pickle {type(culprit).__name__!r} object: {text}"
 
 
-def _failure(obj):
+def _failure(obj: Any) -> Exception | None:    # type: ignore[return]
     try:
         _pickler_class()().dump(obj)
     except Exception as error:
         return error
 
 
-def _trace(obj, failure):
+def _trace(obj: Any, failure: Exception) -> tuple[list[str], Any, Exception]:
     """Follow the members that fail; return the path, the innermost of them, and its error."""
+    path: list[str]
     path, seen, tries = [], {id(obj)}, _TRIES
     simple = (int, str, float, bytes, bool, type(None))
     while len(path) < 50 and not isinstance(failure, RecursionError):
@@ -5829,7 +5842,7 @@ def _trace(obj, failure):
     return path, obj, failure
 
 
-def _parts(obj):
+def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
     """Yield (label, member) of what pickle looks into; labels after a comma begin a new thing."""
     if type(obj) is dict:
         for key, value in obj.items():
@@ -5849,7 +5862,7 @@ def _parts(obj):
         yield from _reduced_parts(obj)
 
 
-def _function_parts(function):
+def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     name = function.__qualname__
     cells = zip(function.__code__.co_freevars, _contents(function))
     for variable, content in cells:
@@ -5860,7 +5873,7 @@ def _function_parts(function):
         yield f", {name}.{attribute}", value
 
 
-def _reduced_parts(obj):
+def _reduced_parts(obj: Any) -> Iterator[tuple[str, Any]]:
     try:
         reduced = _pickler_class()().reducer_override(obj)
         if reduced is NotImplemented:
@@ -5869,6 +5882,7 @@ def _reduced_parts(obj):
         return
     if isinstance(reduced, str):
         return
+    args: Any
     args, state, items, pairs = (*reduced, None, None, None)[1:5]
     states = state if type(state) is tuple else (state,)
     for each in states:                 # instance dict, slots
@@ -5884,7 +5898,7 @@ def _reduced_parts(obj):
 
 # --- Exceptions
 
-def _dump_error(error):
+def _dump_error(error: BaseException) -> tuple[bytes, list[memoryview]]:
     """Return an exception as (bytes, buffers), with its traceback's text; never raises.
 
     One that does not survive the trip, which is tried here, becomes a RemoteError at its end.
@@ -5893,12 +5907,12 @@ def _dump_error(error):
     return _pickle().dumps((data, _name_of(error), _text(error), _traceback(error), _contexts(error)), 5), buffers
 
 
-def _name_of(error):
+def _name_of(error: BaseException) -> str:
     cls = type(error)
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _contexts(error):
+def _contexts(error: BaseException) -> list[tuple[bytes, str, str]]:
     """Return the exceptions before this one, as they travel: those of earlier attempts are among them."""
     found = []
     for context in _with_contexts(error)[1:1 + _MOST_CONTEXTS]:
@@ -5907,7 +5921,7 @@ def _contexts(error):
     return found
 
 
-def _load_error(data, buffers=()):
+def _load_error(data: bytes | bytearray, buffers: Iterable[Any] = ()) -> BaseException:
     """Return the exception, with a RemoteTraceback as its cause; never raises."""
     data, name, text, traceback, contexts = _loads(data)
     error = last = _load_one(data, buffers, name, text, traceback)
@@ -5919,7 +5933,7 @@ def _load_error(data, buffers=()):
     return error
 
 
-def _load_one(data, buffers, name, text, traceback):
+def _load_one(data: bytes | bytearray, buffers: Iterable[Any], name: str, text: str, traceback: str) -> BaseException:
     try:
         error = _loads(data, buffers) if data else None
     except BaseException:               # loading runs code of the user's
@@ -5927,14 +5941,14 @@ def _load_one(data, buffers, name, text, traceback):
     return error if isinstance(error, BaseException) else RemoteError(name, text, traceback)
 
 
-def _text(error):
+def _text(error: BaseException) -> str:
     try:
         return str.__str__(str(error))      # exactly str, whatever it returned
     except BaseException:
         return "<its text cannot be had>"
 
 
-def _traceback(error):
+def _traceback(error: BaseException) -> str:
     from traceback import format_exception
     try:
         return "".join(format_exception(type(error), error, error.__traceback__))
@@ -5942,7 +5956,7 @@ def _traceback(error):
         return f"{type(error).__name__}: {_text(error)}\n"
 
 
-def _surviving(error):
+def _surviving(error: BaseException) -> tuple[bytes, list[memoryview]]:
     """Return the pickled exception, or no data if it would not come out as it was."""
     try:
         data, buffers = _dumps(error)
@@ -5958,7 +5972,7 @@ def _surviving(error):
     return b"", []
 
 
-def _is_same(back, error, data):
+def _is_same(back: Any, error: BaseException, data: bytes) -> bool:
     if type(back) is not type(error):
         return False
     return (_text(back) == _text(error) and len(back.args) == len(error.args)
@@ -6018,27 +6032,27 @@ module._begin_interpreter(function, arguments)
 try:
     os.close(os.pidfd_open(os.getpid()))
 except (AttributeError, OSError):           # no Linux, or an old kernel or a strict sandbox
-    def _own_pidfd():
+    def _own_pidfd() -> list[int]:
         return []
 
-    def _open_sentinel(pid, link):           # the worker holds the other end
+    def _open_sentinel(pid: int, link: Any) -> int:           # the worker holds the other end
         return os.dup(link.fileno())
 
-    def _send_signal(process, number):
+    def _send_signal(process: _Process, number: int) -> None:
         os.kill(process.pid, number)
 else:
-    def _own_pidfd():                        # opened by its own process: never another's
+    def _own_pidfd() -> list[int]:                        # opened by its own process: never another's
         return [os.pidfd_open(os.getpid())]
 
-    def _open_sentinel(pid, link):
+    def _open_sentinel(pid: int, link: Any) -> int:
         return os.pidfd_open(pid)
 
-    def _send_signal(process, number):
+    def _send_signal(process: _Process, number: int) -> None:
         import signal
         signal.pidfd_send_signal(process.sentinel, number)
 
 if sys.platform == "linux":
-    def _kill_on_hangup(descriptor):
+    def _kill_on_hangup(descriptor: int) -> None:
         """Have the kernel kill this process when the other end of a socket is closed.
 
         The only way that works while C code holds the GIL. The setting belongs to the open
@@ -6051,11 +6065,11 @@ if sys.platform == "linux":
         fcntl.fcntl(descriptor, getattr(fcntl, "F_SETSIG", 10), signal.SIGKILL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
 else:
-    def _kill_on_hangup(descriptor):
+    def _kill_on_hangup(descriptor: int) -> None:
         """Leave it to the watcher thread: no other system can send SIGKILL."""
 
 
-def _readable(*descriptors, timeout=None):
+def _readable(*descriptors: int, timeout: float | None = None) -> set[int]:
     """Wait until some of the descriptors can be read or are hung up; return those."""
     import select
     poller = select.poll()
@@ -6066,10 +6080,10 @@ def _readable(*descriptors, timeout=None):
 
 # --- What a forked child of the user must not keep
 
-_owned = weakref.WeakSet()
+_owned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _own(resource):
+def _own(resource: T) -> T:
     """Close the resource in children that the user forks; return it.
 
     It needs a `close()`, may be closed twice, and is not kept alive.
@@ -6078,17 +6092,17 @@ def _own(resource):
     return resource
 
 
-def _socket_pair():
+def _socket_pair() -> tuple[Any, ...]:
     import socket
     return tuple(map(_own, socket.socketpair()))
 
 
-def _disown_all():
+def _disown_all() -> None:
     """Forget, in a forked child, all that belongs to the parent."""
     for resource in list(_owned):
         resource.close()
     _owned.clear()
-    _fork_servers.__init__()     # another thread may have held the lock
+    _fork_servers.__init__()    # type: ignore[misc]     # another thread may have held the lock
 
 
 class _Process:
@@ -6098,22 +6112,22 @@ class _Process:
     returns the wait status of the dead process, or raises OSError where it is unknown.
     """
 
-    def __init__(self, pid, link, reap):
+    def __init__(self, pid: int, link: Any, reap: Callable[[int], int]) -> None:
         self.pid = pid
         self.link = link
         self._reap = reap
         self._lock = threading.Lock()
-        self._exitcode = None
+        self._exitcode: int | None = None
         self._is_reaped = False
         try:
-            self.sentinel = _open_sentinel(pid, link)
+            self.sentinel: Any = _open_sentinel(pid, link)
         except OSError:
             os.kill(pid, 9)     # not reaped yet, so the number is still its own
             reap(pid)
             raise
         _own(self)
 
-    def kill(self, number=9):
+    def kill(self, number: int = 9) -> None:
         """Send a signal, KILL if not told otherwise; do nothing when the death has been seen already."""
         if not self._is_reaped and self.sentinel is not None:
             try:
@@ -6151,7 +6165,7 @@ class _Process:
                 self._is_reaped = True
         return self._exitcode
 
-    def close(self):
+    def close(self) -> None:
         """Close our descriptors. A worker that still lives is killed by that."""
         self.link.close()
         sentinel, self.sentinel = self.sentinel, None
@@ -6159,13 +6173,13 @@ class _Process:
             os.close(sentinel)
 
 
-def _reap_child(pid):
+def _reap_child(pid: int) -> int:
     return os.waitpid(pid, 0)[1]
 
 
 # --- Three ways to make the process
 
-def _launch(method, connection, main):
+def _launch(method: str, connection: Any, main: Callable[[Any], None]) -> _Process:
     """Start a process that runs `main(connection)`; return a Process.
 
     `main` is a function of this module, taken by name. The caller keeps its own copy of the
@@ -6191,12 +6205,12 @@ def _launch(method, connection, main):
             os.close(descriptor)
 
 
-def _copy_descriptor(resource):
+def _copy_descriptor(resource: Any) -> int:
     import fcntl
     return fcntl.fcntl(resource, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
-def _launch_by_server(main, *descriptors):
+def _launch_by_server(main: str, *descriptors: int) -> tuple[int, Callable[[int], int]]:
     server = _fork_servers.get()
     try:
         return server.ask(main, *descriptors), server.reap
@@ -6205,11 +6219,11 @@ def _launch_by_server(main, *descriptors):
         raise
 
 
-def _launch_by_spawn(main, *descriptors):
+def _launch_by_spawn(main: str, *descriptors: int) -> tuple[int, Callable[[int], int]]:
     return _start_interpreter("_run_worker", descriptors, main), _reap_child
 
 
-def _launch_by_fork(main, *descriptors):
+def _launch_by_fork(main: str, *descriptors: int) -> tuple[int, Callable[[int], int]]:
     for module in ("fcntl", "select", "signal", "socket", "traceback"):
         __import__(module)      # now: the child finds import locks as they are
     for stream in (sys.stdout, sys.stderr):
@@ -6223,7 +6237,7 @@ def _launch_by_fork(main, *descriptors):
 _START = {"forkserver": _launch_by_server, "spawn": _launch_by_spawn, "fork": _launch_by_fork}
 
 
-def _unsignalled(function, *arguments):
+def _unsignalled(function: Callable[..., T], *arguments: Any) -> T:
     """Call the function with all signals blocked.
 
     A process that it starts begins with them blocked: a Ctrl-C before the process has its
@@ -6237,7 +6251,7 @@ def _unsignalled(function, *arguments):
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _start_interpreter(function, descriptors, *arguments):
+def _start_interpreter(function: str, descriptors: Sequence[int], *arguments: str) -> int:
     """Execute a bare interpreter that calls a function of this module; return its pid."""
     import subprocess
     name = os.path.splitext(os.path.basename(_FILE))[0] if __name__ == "__main__" else __name__
@@ -6245,15 +6259,15 @@ def _start_interpreter(function, descriptors, *arguments):
         code, where = _BOOT_FILE, _FILE
     else:
         code, where = _BOOT_NAME, "\n".join(filter(None, sys.path))
-    command = [sys.executable or "", *subprocess._args_from_interpreter_flags(), "-c", code,
-               name, where, function, *arguments, *map(str, descriptors)]
+    command = [sys.executable or "", *subprocess._args_from_interpreter_flags(),    # type: ignore[attr-defined]
+               "-c", code, name, where, function, *arguments, *map(str, descriptors)]
     popen = _unsignalled(functools.partial(
         subprocess.Popen, command, stdin=subprocess.DEVNULL, pass_fds=descriptors))
     popen.returncode = 0        # ours to reap: subprocess would warn, and wait for it too
     return popen.pid
 
 
-def _fork_worker(prepare, main, *descriptors):
+def _fork_worker(prepare: Callable[[], object], main: str, *descriptors: int) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -6273,7 +6287,7 @@ class _ForkServer(_Process):
     in other threads, and not a `__del__` that the garbage collector runs in the middle.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         link, far = _socket_pair()
         link.settimeout(_START_TIMEOUT)
         descriptors = []
@@ -6289,7 +6303,7 @@ class _ForkServer(_Process):
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def ask(self, request, *descriptors):
+    def ask(self, request: str, *descriptors: int) -> int:
         """Return the server's answer, a pid or a wait status; raise its OSError."""
         import errno
         import socket
@@ -6303,10 +6317,10 @@ class _ForkServer(_Process):
             raise OSError(-number, os.strerror(-number), "fork server")
         return number
 
-    def reap(self, pid):
+    def reap(self, pid: int) -> int:
         return self.ask(str(pid))
 
-    def stop(self):
+    def stop(self) -> None:
         """End the server and the workers that it has started."""
         self.link.close()
         _readable(self.sentinel, timeout=_END_TIMEOUT)
@@ -6317,12 +6331,12 @@ class _ForkServer(_Process):
 class _ForkServers:
     """The one fork server of this process, made when needed and again when it has died."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         # Reentrant, for the garbage collector may run a `__del__` that launches.
         self._lock = threading.RLock()
-        self._server = None
+        self._server: _ForkServer | None = None
 
-    def get(self):
+    def get(self) -> _ForkServer:
         with self._lock:
             self.drop_dead()
             if not self._server:
@@ -6333,12 +6347,12 @@ class _ForkServers:
                     self._server = server
             return self._server
 
-    def drop_dead(self, timeout=0):
+    def drop_dead(self, timeout: float = 0) -> None:
         with self._lock:
             if self._server and _readable(self._server.sentinel, timeout=timeout):
                 self.close()
 
-    def close(self):
+    def close(self) -> None:
         """End the server, if there is one, and wait for its end."""
         server, self._server = self._server, None
         if server:
@@ -6352,14 +6366,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-def _serve_forks(control, *parent):
+def _serve_forks(control: Any, *parent: int) -> NoReturn:
     """Fork and reap workers as asked, until the parent is gone; then kill those left."""
     import gc
     import socket
     control = _own(socket.socket(fileno=control))
     # Closed in workers, which have their own.
     kept = [_own(open(pidfd, "rb", 0)) for pidfd in parent]     # noqa: F841
-    children = set()
+    children: set[int] = set()
     gc.collect()
     gc.freeze()                 # a collection in a worker would unshare the memory
     try:
@@ -6378,11 +6392,11 @@ def _serve_forks(control, *parent):
         os._exit(0)
 
 
-def _answer_request(request, children, descriptors):
+def _answer_request(request: str | Literal[False], children: set[int], descriptors: list[int]) -> None:
     try:
         number = _fork_or_reap(request, children, *descriptors)
     except OSError as error:
-        number = -error.errno
+        number = -error.errno    # type: ignore[operator]
     try:
         os.write(descriptors[0], b"%d" % number)
     except (IndexError, OSError):
@@ -6391,7 +6405,7 @@ def _answer_request(request, children, descriptors):
         os.close(descriptor)
 
 
-def _fork_or_reap(request, children, answer=None, *descriptors):
+def _fork_or_reap(request: str | Literal[False], children: set[int], answer: Any = None, *descriptors: int) -> int:
     import errno
     if not request:
         raise OSError(errno.EMFILE, "no descriptors")
@@ -6405,7 +6419,7 @@ def _fork_or_reap(request, children, answer=None, *descriptors):
 
 # --- In the new process
 
-def _begin_interpreter(function, arguments):
+def _begin_interpreter(function: str, arguments: Iterable[str]) -> None:
     """Begin a bare interpreter's life: the first thing that it calls in this module."""
     for module in _PRELOAD.split():
         __import__(module)
@@ -6419,7 +6433,7 @@ def _begin_interpreter(function, arguments):
     globals()[function](*(int(word) if word.isdigit() else word for word in arguments))
 
 
-def _fill_standard_streams():
+def _fill_standard_streams() -> None:
     """Open those that are closed: no socket may become the standard output of programs."""
     spare = 0
     while spare < 3:
@@ -6434,23 +6448,23 @@ class _LoadedModule:
     package, and the package would lack its attribute.
     """
 
-    def __init__(self, module):
+    def __init__(self, module: types.ModuleType) -> None:
         self.module = module
-        self.spec = module.__spec__
+        self.spec: Any = module.__spec__
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         from importlib.machinery import ModuleSpec
         if name == self.spec.name:
-            return ModuleSpec(name, self, origin=self.spec.origin)
+            return ModuleSpec(name, self, origin=self.spec.origin)    # type: ignore[arg-type]
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> types.ModuleType:
         return self.module
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         module.__spec__ = self.spec
 
 
-def _reset_signals():
+def _reset_signals() -> None:
     """Give a process the signals of a fresh program; SIGINT is the parent's business."""
     import signal
     signal.set_wakeup_fd(-1)
@@ -6464,7 +6478,7 @@ def _reset_signals():
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _forget_parent():
+def _forget_parent() -> None:
     """Drop, in a child of the fork method, what it has inherited beyond memory."""
     atexit._clear()
     atexit.register(_close_server)
@@ -6478,7 +6492,7 @@ def _forget_parent():
         _forget_multiprocessing(sys.modules["multiprocessing.util"])
 
 
-def _forget_multiprocessing(util):
+def _forget_multiprocessing(util: Any) -> None:
     """Do as multiprocessing does in a child that it forks: its queues would not work."""
     sys.modules["multiprocessing.process"]._children.clear()
     util._finalizer_registry.clear()
@@ -6486,7 +6500,8 @@ def _forget_multiprocessing(util):
     atexit.register(util._exit_function)
 
 
-def _run_worker(main, connection, link, *parent, prepare=None):
+def _run_worker(main: str, connection: int, link: int, *parent: int,
+                prepare: Callable[[], object] | None = None) -> NoReturn:
     """Run a worker's whole life in this process, and end the process."""
     import socket
     import traceback
@@ -6509,7 +6524,7 @@ def _run_worker(main, connection, link, *parent, prepare=None):
         _end_process(code)
 
 
-def _end_process(code):
+def _end_process(code: int) -> NoReturn:
     """End the process: exit functions and output, but no waiting for the user's threads."""
     for finish in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
         try:
@@ -6519,13 +6534,13 @@ def _end_process(code):
     os._exit(code)
 
 
-def _watch_parent(*resources):
+def _watch_parent(*resources: Any) -> None:
     """Kill this process when the parent dies, or has died already."""
     _kill_on_hangup(resources[0].fileno())
     threading.Thread(target=_follow_parent, args=resources, name="parent watcher", daemon=True).start()
 
 
-def _follow_parent(*resources):
+def _follow_parent(*resources: Any) -> None:
     try:
         _readable(*(resource.fileno() for resource in resources))
     finally:
@@ -6540,7 +6555,7 @@ def _follow_parent(*resources):
 # answer leaves before it takes the next: what it had not taken when it died had not begun. The
 # parent keeps the worker's end open too, to look.
 
-def _load_wire():
+def _load_wire() -> None:
     """Import what only process mode needs."""
     global selectors, socket
     import selectors
@@ -6562,7 +6577,7 @@ _BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETRIED, _RETIRED, _RETURNED, _RAISED, 
 _VERDICT = 15
 
 
-def _message(kind, portable, number=0):
+def _message(kind: int, portable: tuple[bytes, Sequence[memoryview]], number: int = 0) -> list[bytes | memoryview]:
     """Return the parts of a message, to be sent one after the other."""
     data, buffers = portable
     head = _HEADER.pack(kind, len(buffers), min(number, 0xFFFFFFFF), len(data))
@@ -6571,7 +6586,7 @@ def _message(kind, portable, number=0):
     return [head + data, *buffers] if len(data) < _BUFFER_SIZE else [head, data, *buffers]
 
 
-def _receive(connection):
+def _receive(connection: Any) -> tuple[int, int, bytes, list[bytes | bytearray]]:
     """Wait for a message and return (kind, number, pickle, buffers); EOFError at the end."""
     kind, count, number, size = _HEADER.unpack(_read(connection, _HEADER.size))
     sizes = [_SIZE.unpack(_read(connection, _SIZE.size))[0] for _ in range(count)]
@@ -6580,7 +6595,7 @@ def _receive(connection):
                                 else _read_into(connection, bytearray(size >> 1)) for size in sizes]
 
 
-def _read(connection, size):
+def _read(connection: Any, size: int) -> bytes:
     data = connection.recv(size, socket.MSG_WAITALL) if size else b""
     if len(data) == size:
         return data
@@ -6591,7 +6606,7 @@ def _read(connection, size):
     return bytes(_read_into(connection, whole, len(data)))
 
 
-def _read_into(connection, whole, filled=0):
+def _read_into(connection: Any, whole: bytearray, filled: int = 0) -> bytearray:
     view = memoryview(whole)
     while filled < len(whole):
         more = connection.recv_into(view[filled:], 0, socket.MSG_WAITALL)
@@ -6601,7 +6616,7 @@ def _read_into(connection, whole, filled=0):
     return whole
 
 
-def _send_all(connection, parts):
+def _send_all(connection: Any, parts: Iterable[bytes | memoryview]) -> None:
     """Send everything, waiting as needed."""
     for part in parts:
         connection.sendall(part)
@@ -6613,16 +6628,16 @@ class _Inbox:
     What is large is received in place: `_parts` asks for the number of bytes it needs next.
     """
 
-    def __init__(self, connection, kinds):
+    def __init__(self, connection: Any, kinds: Container[int]) -> None:
         self.connection = connection
         self.kinds = kinds
         self.is_at_end = False
-        self._messages = []                             # the one that has just become complete
+        self._messages: list[tuple[Any, ...]] = []      # the one that has just become complete
         self._bytes, self._filled = bytearray(), 0      # what has come of the bytes needed, and perhaps more
         self._parts = self._take_apart()
         self._needed = next(self._parts)
 
-    def receive(self):
+    def receive(self) -> Iterator[tuple[int, int, bytearray, list[bytes | bytearray]]]:
         """Take what is there; yield the complete messages. What is none raises, after those before it."""
         while not self.is_at_end:
             try:
@@ -6640,7 +6655,7 @@ class _Inbox:
             if count < wanted:              # the socket is empty
                 break
 
-    def _receive_some(self):
+    def _receive_some(self) -> tuple[int, int]:
         if self._needed < _BUFFER_SIZE:
             chunk = self.connection.recv(_BUFFER_SIZE)
             self._bytes += chunk
@@ -6652,7 +6667,7 @@ class _Inbox:
         wanted = len(self._bytes) - self._filled
         return self.connection.recv_into(memoryview(self._bytes)[self._filled:]), wanted
 
-    def _cut(self, size):
+    def _cut(self, size: int) -> bytearray:
         self._filled -= size
         if not self._filled:
             piece, self._bytes = self._bytes, bytearray()
@@ -6661,18 +6676,18 @@ class _Inbox:
             del self._bytes[:size]
         return piece
 
-    def _take_apart(self):
+    def _take_apart(self) -> Generator[int, bytearray, None]:
         while True:
             kind, count, number, size = _HEADER.unpack((yield _HEADER.size))
             if kind not in self.kinds or size > _MOST:
                 raise ValueError(f"a message of kind {kind} and {size} bytes")
-            sizes = []
+            sizes: list[int] = []
             for _ in range(count):
                 sizes += _SIZE.unpack((yield _SIZE.size))
                 if sizes[-1] > _MOST:
                     raise ValueError(f"a buffer of {sizes[-1]} bytes")
             data = yield size
-            buffers = []
+            buffers: list[bytes | bytearray] = []
             for size in sizes:
                 buffer = yield size >> 1
                 buffers.append(bytes(buffer) if size & 1 else buffer)
