@@ -6704,7 +6704,7 @@ _DUMP_PAUSE = 0.1       # seconds without more of it: that was all, for nothing 
 _OUR_LINES = f'  File "{_FILE}"', f'  File "{threading.__file__}"'      # that tell nobody anything
 
 
-def _dump_signal():
+def _dump_signal() -> int | Any:
     """Return the signal at which a worker process writes its stacks to the lane: one of the kernel's spare ones."""
     import signal
     return signal.SIGRTMAX - 1 if sys.platform == "linux" else None
@@ -6715,16 +6715,16 @@ def _dump_signal():
 class _Place:
     """Stand, in a pickled call, for the result of a future that is not done yet."""
 
-    values = ()                 # in the worker: the results for the call that comes next, pickled until that is loaded
+    values: Sequence[Any] = ()  # in the worker: the results for the call that comes next, pickled until that is loaded
 
-    def __init__(self, index):
+    def __init__(self, index: int) -> None:
         self.index = index
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _value_at, (self.index,)
 
 
-def _value_at(index):
+def _value_at(index: int) -> Any:
     return _Place.values[index]
 
 
@@ -6732,15 +6732,15 @@ class _Shared:
     """A function that goes to each worker of a pool once, for many calls: before their first argument."""
 
     numbers = itertools.count(1)
-    functions = {}              # in the worker: by number
+    functions: dict[int, Any] = {}  # in the worker: by number
 
-    def __init__(self, fn):
+    def __init__(self, fn: Any) -> None:
         self.number = next(self.numbers)
-        self.kept = {}
+        self.kept: dict[bytes, LimitSet] = {}
         self.portable = _frozen(_dumps_keeping(self.kept, fn, lambda: ({"the function": fn},)))
-        self.holders = weakref.WeakSet()        # the links that have sent it
+        self.holders: weakref.WeakSet[_Link] = weakref.WeakSet()    # the links that have sent it
 
-    def __del__(self):
+    def __del__(self) -> None:
         for link in self.holders:
             link.forgotten.append(self.number)
 
@@ -6748,7 +6748,7 @@ class _Shared:
 _MOST_KNOWN = 100       # functions that a pool shares by itself
 
 
-def _shared_by(pool, fn):
+def _shared_by(pool: _Pool, fn: Any) -> _Shared | None:
     """Return what stands for the first argument of a call if it is a function that is shared, else None.
 
     One that the workers import by its name is, as long as it is what its module has under that name: to
@@ -6766,14 +6766,14 @@ def _shared_by(pool, fn):
     return shared
 
 
-def _shared_function(number):
+def _shared_function(number: int) -> Any:
     fn = _Shared.functions[number]
     if type(fn) is tuple:               # at its first use, so that an error of it is a call's
         fn = _Shared.functions[number] = _loads(*fn)
     return fn
 
 
-def _worker_main(connection):
+def _worker_main(connection: socket.socket) -> None:
     """Live as a worker process: the recipe comes first, then calls, until the parent hangs up."""
     global _upstream, _worker_index
     _load_wire()
@@ -6814,7 +6814,7 @@ def _worker_main(connection):
         pass
 
 
-def _settle_in(path, directory, environment, arguments):
+def _settle_in(path: list[str], directory: str, environment: dict[str, str], arguments: list[str]) -> None:
     """Take over the parent's surroundings as they were at `init`."""
     sys.path[:] = path
     sys.argv[:] = arguments
@@ -6827,7 +6827,7 @@ def _settle_in(path, directory, environment, arguments):
         pass
 
 
-def _load(loads, *args):
+def _load(loads: Callable[..., T], *args: Any) -> T:
     """Load what the parent sent; a pool that an imported module makes meanwhile is refused."""
     _here.is_loading = True
     try:
@@ -6863,7 +6863,7 @@ def _memory_held() -> int:
         return most if sys.platform == "darwin" else most << 10
 
 
-def _serve(connection, runner):
+def _serve(connection: socket.socket, runner: _Runner) -> bool:
     """Take one message from the parent; carry it out, and answer, if it is a call: tell whether it was."""
     kind, shared, data, buffers = _receive(connection)
     if kind == _CALL:
@@ -6885,7 +6885,7 @@ def _serve(connection, runner):
     return False
 
 
-def _answer(runner, shared, data, buffers):
+def _answer(runner: _Runner, shared: int, data: bytes, buffers: list[Any]) -> tuple[int, Any]:
     """Carry out a call; return the kind and the content of the answer."""
     try:
         method, args, kwargs = _load(_load_call, shared, data, buffers)
@@ -6894,7 +6894,7 @@ def _answer(runner, shared, data, buffers):
     return _answer_of(method, *contextvars.Context().run(runner.outcome, runner, method, args, kwargs))
 
 
-def _load_call(shared, data, buffers):
+def _load_call(shared: int, data: bytes, buffers: list[Any]) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     try:
         if _Place.values:
             _Place.values = _loads(*_Place.values)
@@ -6905,11 +6905,11 @@ def _load_call(shared, data, buffers):
     return method, (_shared_function(shared), *args) if shared else args, kwargs
 
 
-def _not_loaded(error):
+def _not_loaded(error: BaseException) -> tuple[int, Any]:
     return _RAISED if isinstance(error, _PoolWhileImporting) else _NOT_LOADED, _dump_error(error)
 
 
-def _answer_of(method, kind, value):
+def _answer_of(method: str, kind: str, value: Any) -> tuple[int, Any]:
     """Return the kind and the content of the answer to a call."""
     pickle = _pickle()
     if kind is _ERROR:
@@ -6935,12 +6935,12 @@ _SENT = object()        # the claim on calls that were sent: it may be made twic
 class _RingingLock:
     """A lock that the reader waits for: its release is heard by a thread that listens to sockets."""
 
-    def __init__(self, reader):
+    def __init__(self, reader: _Reader) -> None:
         self._lock = threading.Lock()
         self._reader = reader
         self.acquire, self.locked = self._lock.acquire, self._lock.locked
 
-    def release(self, future=None):
+    def release(self, future: BaseFuture[Any] | None = None) -> None:
         self._lock.release()
         self._reader.post(int)
 
@@ -6954,11 +6954,11 @@ class _Reader:
     calls are settled here. It ends with the last of them.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         _load_wire()
-        self.backends = set()
-        self.todo = collections.deque()             # (function, arguments), to be called here
-        self.timers = []                            # a heap of [when, number, function]
+        self.backends: set[Any] = set()
+        self.todo: collections.deque[Any] = collections.deque()     # (function, arguments), to be called here
+        self.timers: list[list[Any]] = []   # a heap of [when, number, function]
         self.cancelled = 0                          # of these: their function is None
         self.numbers = itertools.count()
         self.bell, self.rope = _socket_pair()       # pulled to wake the thread
@@ -6969,7 +6969,7 @@ class _Reader:
         self.watch(self.bell, selectors.EVENT_READ, self._answer_bell)
         self.thread = threading.Thread(target=self._main, name="concurry reader", daemon=True)
 
-    def post(self, function, *args):
+    def post(self, function: Callable[..., object], *args: Any) -> None:
         """Have a function called on this thread; from any thread, at any time."""
         try:
             self.todo.append((function, args))
@@ -6980,19 +6980,19 @@ class _Reader:
             self._ring()
             raise
 
-    def _ring(self):
+    def _ring(self) -> None:
         try:
             self.rope.send(b"!")
         except OSError:             # it rings already, or there is nobody left to hear it
             pass
 
-    def later(self, seconds, function):
+    def later(self, seconds: float, function: Callable[[], object]) -> list[Any]:
         """Call a function after some time, and return the timer; on this thread only."""
         timer = [time.monotonic() + seconds, next(self.numbers), function]
         heapq.heappush(self.timers, timer)
         return timer
 
-    def cancel(self, timer):
+    def cancel(self, timer: list[Any]) -> None:
         """Have a timer do nothing; on this thread only."""
         if timer[2] is not None:
             timer[2] = None
@@ -7002,14 +7002,14 @@ class _Reader:
                 heapq.heapify(self.timers)
                 self.cancelled = 0
 
-    def watch(self, file, events, function):
+    def watch(self, file: socket.socket | int, events: int, function: Callable[[int], object]) -> None:
         """Have `function(events)` called when there are some; on this thread only."""
         self.selector.register(file, events, function)
 
-    def forget(self, file):
+    def forget(self, file: socket.socket | int) -> None:
         self.selector.unregister(file)
 
-    def wait(self, lock, timeout):
+    def wait(self, lock: threading.Lock | _RingingLock, timeout: float | None) -> bool:
         """Wait for a lock on this thread: go on with the work until it is free."""
         deadline = _deadline(timeout)
         while not lock.acquire(False):
@@ -7021,14 +7021,14 @@ class _Reader:
                 self._listen(_left(deadline))
         return True
 
-    def _answer_bell(self, events):
+    def _answer_bell(self, events: int) -> None:
         try:
             self.bell.recv(4096)
         except BlockingIOError:     # heard by a wait in the middle of this round
             pass
         self.is_rung = False        # before the work is looked at: what comes now rings again
 
-    def _main(self):
+    def _main(self) -> None:
         _here.is_ours = True
         _here.reader = self
         try:
@@ -7045,7 +7045,7 @@ class _Reader:
             self.bell.close()
             self.rope.close()
 
-    def _has_ended(self):
+    def _has_ended(self) -> bool:
         if self.backends:
             return False
         with _reader_lock:
@@ -7054,11 +7054,11 @@ class _Reader:
             _readers.pop(os.getpid(), None)
             return True
 
-    def _do_next(self):
+    def _do_next(self) -> None:
         function, args = self.todo.popleft()
         function(*args)
 
-    def _listen(self, timeout):
+    def _listen(self, timeout: float | None) -> None:
         """Wait for something to do, at most `timeout` seconds."""
         if self.timers:
             timeout = self._until_timer() if timeout is None else min(timeout, self._until_timer())
@@ -7073,15 +7073,15 @@ class _Reader:
                 self.todo.append((timer[2], ()))
                 timer[2] = None
 
-    def _until_timer(self):
+    def _until_timer(self) -> float | Any:
         return max(0.0, self.timers[0][0] - time.monotonic())
 
 
-_readers = {}                   # by process id: a forked child needs its own
+_readers: dict[int, _Reader] = {}   # by process id: a forked child needs its own
 _reader_lock = threading.RLock()
 
 
-def _reader_for(backend):
+def _reader_for(backend: Any) -> _Reader:
     """Return the reader, started if need be, with this backend among those it hears."""
     with _reader_lock:
         reader = _readers.get(os.getpid())
@@ -7093,7 +7093,7 @@ def _reader_for(backend):
         return reader
 
 
-def _reader_failed(reader, error):
+def _reader_failed(reader: _Reader, error: BaseException) -> None:
     """Fail everything that the reader should have heard of, and what comes later."""
     with _reader_lock:
         _readers.pop(os.getpid(), None)
@@ -7104,34 +7104,34 @@ def _reader_failed(reader, error):
 class _Link:
     """One process of a worker and what is on its way to it. When it dies, a new link is made."""
 
-    def __init__(self, connection, far, lane, process):
+    def __init__(self, connection: socket.socket, far: socket.socket, lane: _Lane, process: _Process) -> None:
         self.connection = connection        # our end, non-blocking
         self.lane = lane                    # for verdicts about limits
-        self.guests = {}                    # by number: its tickets at the homes of limits
-        self.bars = {}                      # by its key: where a progress bar of its is shown, and what was last
+        self.guests: dict[int, _Guest] = {}     # by number: its tickets at the homes of limits
+        self.bars: dict[Any, Any] = {}      # by its key: where a progress bar of its is shown, and what was last
         self.far = far                      # a copy of the worker's end: to see what a dead one left unread
         self.process = process
         self.inbox = _Inbox(connection, range(_BUILT, _NOT_LOADED + 1))
-        self.outbox = collections.deque()   # parts of messages that the socket has not taken
-        self.sent = collections.deque()     # (call, where its message ends), in order, without an answer
+        self.outbox: collections.deque[Any] = collections.deque()   # parts of messages that the socket has not taken
+        self.sent: Any = collections.deque()    # (call, where its message ends), in order, without an answer
         self.end = 0                        # where the last message ends, in bytes from the beginning
-        self.taken = 0, []                  # by the socket: bytes, and those of the latest send
-        self.known = set()                  # numbers of the shared functions it has
-        self.forgotten = collections.deque()
+        self.taken: tuple[int, list[int]] = 0, []   # by the socket: bytes, and those of the latest send
+        self.known: set[int] = set()        # numbers of the shared functions it has
+        self.forgotten: collections.deque[int] = collections.deque()
         self.is_built = False
         self.is_blocked = False             # the socket is full; the reader watches for room
         self.has_begun = False              # a call, ever
         self.retirement = None              # a timer: it takes no more calls, and is about to end
         self.is_broken = False              # by us: that is no failure of the worker
 
-    def send(self, parts, call=None):
+    def send(self, parts: Sequence[bytes | memoryview], call: _Call | None = None) -> None:
         """Queue the parts of messages, of a call or about the worker."""
         self.end += sum(map(len, parts))
         if call is not None:
             self.sent.append((call, self.end))
         self.outbox.extend(parts)
 
-    def flush(self):
+    def flush(self) -> bool:
         """Send what the socket takes; tell whether that was all."""
         while self.outbox:
             parts = list(itertools.islice(self.outbox, 64))
@@ -7148,7 +7148,7 @@ class _Link:
             self._drop(latest[0])
         return True
 
-    def _drop(self, count):
+    def _drop(self, count: int) -> None:
         while count:
             part = self.outbox.popleft()
             if count < len(part):
@@ -7156,7 +7156,7 @@ class _Link:
                 break
             count -= len(part)
 
-    def read_by_worker(self):
+    def read_by_worker(self) -> int:
         """Return how many bytes a dead worker has read."""
         taken, latest = self.taken
         count = taken + sum(latest)
@@ -7169,7 +7169,7 @@ class _Link:
                 return count
             count -= len(data)
 
-    def show(self, key, words):
+    def show(self, key: Any, words: Iterable[Any]) -> None:
         """Show a progress bar of the worker as one of ours."""
         screen, _ = self.bars.get(key) or (_screen_for(_BarStyle.Auto), None)
         shown = _State(*words)
@@ -7178,21 +7178,22 @@ class _Link:
             del self.bars[key]
         screen.put((id(self), key), shown)
 
-    def give_back(self):
+    def give_back(self) -> None:
         """Have what the dead worker held of limits free, and nothing wait for it; its progress bars end."""
         for guest in list(self.guests.values()):
             guest.leave()
         for key, (_, shown) in list(self.bars.items()):
             self.show(key, shown._replace(state="stopped"))
 
-    def close(self):
+    def close(self) -> None:
         self.lane.close()
         self.connection.close()
         self.far.close()
         self.process.close()
 
 
-def _dumps_keeping(kept, obj, roots):
+def _dumps_keeping(kept: dict[bytes, LimitSet], obj: Any,
+                   roots: Callable[[], tuple[Any, ...]]) -> tuple[bytes, list[memoryview]]:
     """Do as `_dumps`, and put the limit sets that went along into `kept`: others will ask for them."""
     around, _here.kept = _here.kept, kept
     try:
@@ -7201,7 +7202,7 @@ def _dumps_keeping(kept, obj, roots):
         _here.kept = around
 
 
-def _frozen(portable):
+def _frozen(portable: tuple[bytes, Iterable[memoryview]]) -> tuple[bytes, list[memoryview]]:
     """Copy buffers that the caller could change, or that might not be sent when submit returns."""
     data, buffers = portable
     return data, [buffer if type(buffer.obj) is bytes else memoryview(
@@ -7218,7 +7219,7 @@ class _ProcessBackend(_Backend):
     prepares = True
 
     @staticmethod
-    def set_up(recipe, options):
+    def set_up(recipe: _Recipe, options: _Options) -> tuple[_Passed, list[Any]]:
         """Return the parts of the messages that a worker begins with."""
         if _here.is_loading:
             raise _PoolWhileImporting(
@@ -7229,47 +7230,47 @@ class _ProcessBackend(_Backend):
         return passed, _message(_PLACE, _dumps(_parent_state())) + _message(_RECIPE, _frozen(portable))
 
     @staticmethod
-    def shared(fn):
+    def shared(fn: Any) -> _Shared:
         return _Shared(fn)
 
     @staticmethod
-    def prepare(call, args, kwargs):
+    def prepare(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shared, rest = _shared_by(call.pool, args[0]) if args else None, args
         if shared is not None:
             call.shared, rest = shared, args[1:]
         if not kwargs and _PLAINEST.issuperset(map(type, rest)):
-            portable = _dumps_plain((call.method, rest, kwargs))
+            portable: tuple[bytes, Sequence[memoryview]] = _dumps_plain((call.method, rest, kwargs))
         else:
             portable = _frozen(_dumps_keeping(call.pool.kept, (call.method, rest, kwargs),
                                               lambda: _call_parts(call.method, args, kwargs)))
         call.message = _message(_CALL, portable, shared.number if shared else 0)
 
     @staticmethod
-    def complete(call, values):
+    def complete(call: _Call, values: list[Any]) -> None:
         portable = _dumps_keeping(call.pool.kept, values, lambda: ({f"the result of dependency {n}": value
                                                                    for n, value in enumerate(values)},))
         call.message = _message(_VALUES, _frozen(portable)) + call.message
 
-    def start(self):
-        self.queue = collections.deque()        # placed here and not yet sent
-        self.turn = {}                          # "is": whose it is to move calls to the socket
-        self.link = None
-        self.dead = None                        # a link that is to be buried
+    def start(self) -> None:
+        self.queue: collections.deque[_Call] = collections.deque()  # placed here and not yet sent
+        self.turn: dict[str, object] = {}   # "is": whose it is to move calls to the socket
+        self.link: _Link | Any = None
+        self.dead: _Link | None = None      # a link that is to be buried
         self.failures = 0                       # starts in a row that came to nothing
         self.pace = 1e6                         # microseconds a call takes, about
         self.is_finishing = False
-        self.killed = None                      # why, in words
-        self.exitcode = None                    # of the last process that has ended
+        self.killed: str | None = None          # why, in words
+        self.exitcode: int | None = None        # of the last process that has ended
         self.reader = _reader_for(self)
         self.reader.post(self._launch)
 
     # Sending
 
-    def submit(self, call):
+    def submit(self, call: _Call) -> None:
         self.queue.append(call)
         self.feed()
 
-    def feed(self):
+    def feed(self) -> None:
         """Send what the worker can take; from any thread."""
         mine, turn = object(), self.turn
         try:
@@ -7288,7 +7289,7 @@ class _ProcessBackend(_Backend):
         if self.dead is not None:
             self.reader.post(self._bury)
 
-    def _is_hungry(self):
+    def _is_hungry(self) -> object:
         link = self.link
         if link is None or link.is_blocked or self.dead is not None or link.retirement is not None:
             return False
@@ -7298,10 +7299,10 @@ class _ProcessBackend(_Backend):
         window, ahead = self._window(), len(link.sent)
         return link.outbox or self.queue and (ahead < max(1, window // 4) or ahead <= window // 2 <= len(self.queue))
 
-    def _window(self):
+    def _window(self) -> int:
         return _AHEAD if self.pace < _QUICK else 1
 
-    def _feed(self, link):
+    def _feed(self, link: _Link) -> None:
         while self.queue and link.is_built and len(link.sent) < self._window():
             call = self.queue[0]
             message = call.message
@@ -7316,19 +7317,19 @@ class _ProcessBackend(_Backend):
             link.is_blocked = True
             self.reader.post(self._watch_for_room, link)
 
-    def _watch_first(self, link):
+    def _watch_first(self, link: _Link) -> None:
         """Have the time looked at of the call that the worker carries out."""
         if self.pool.keeper is not None:
             for call, _ in list(link.sent)[:1]:
                 self.pool.keeper.watch(call)
 
-    def interruption(self, call, kill):
+    def interruption(self, call: _Call, kill: bool) -> Callable[[], Any] | None:
         return functools.partial(self.reader.post, self._end_call, call) if kill else None
 
-    def overrun(self, call):
+    def overrun(self, call: _Call) -> None:
         self._end_call(call)
 
-    def _end_call(self, call):
+    def _end_call(self, call: _Call) -> None:
         """Kill the process that carries out this call; on the reader's thread.
 
         It is halted first, where others have been sent after this one: it might have begun the next.
@@ -7346,9 +7347,9 @@ class _ProcessBackend(_Backend):
         elif is_halted:
             link.process.kill(18)       # CONT
 
-    def _news(self, link, shared):
+    def _news(self, link: _Link, shared: _Shared | None) -> list[Any]:
         """Return the messages that must be there before the call: a shared function, and the end of others."""
-        parts = []
+        parts: list[Any] = []
         if link.forgotten:
             numbers = [link.forgotten.popleft() for _ in range(len(link.forgotten))]
             link.known.difference_update(numbers)
@@ -7360,14 +7361,14 @@ class _ProcessBackend(_Backend):
             parts += _message(_SHARED, (_dumps((shared.number, data))[0], buffers))
         return parts
 
-    def _watch_for_room(self, link):
+    def _watch_for_room(self, link: _Link) -> None:
         if link is self.link:
             self.reader.selector.modify(link.connection, selectors.EVENT_READ | selectors.EVENT_WRITE,
                                         functools.partial(self._hear, link))
 
     # Hearing: on the reader's thread
 
-    def _hear(self, link, events):
+    def _hear(self, link: _Link, events: int) -> None:
         if link is not self.link:
             return
         if events & selectors.EVENT_WRITE:
@@ -7388,7 +7389,7 @@ class _ProcessBackend(_Backend):
             link.process.kill()
         self.feed()
 
-    def _take(self, link, kind, took, data, buffers):
+    def _take(self, link: _Link, kind: int, took: int, data: bytearray, buffers: list[Any]) -> None:
         """Take one message: what has to be settled is settled after the worker has got more to do."""
         if kind == _TICKET:
             _Guest.take(link, self.reader, *_pickle().loads(data))
@@ -7422,17 +7423,17 @@ class _ProcessBackend(_Backend):
             if not self.started.done():
                 self.reader.todo.append((_settle, (self.started, _RESULT, None)))
         elif kind == _NOT_BUILT:
-            self.cause = _start_error(_load_error(data, buffers), self)
+            self.cause: BaseException | None = _start_error(_load_error(data, buffers), self)
 
     # Starting and burying: on the reader's thread
 
-    def _launch(self):
+    def _launch(self) -> None:
         """Start a process and send it the recipe."""
         if self.is_finishing and not self.calls:
             self._end()
             return
         self.cause = None
-        ends = []
+        ends: list[socket.socket] = []
         passed, setup = self.pool.setup
         try:
             ends += _socket_pair()
@@ -7463,12 +7464,12 @@ class _ProcessBackend(_Backend):
         if self.is_finishing:
             self._hang_up()
 
-    def _died(self, link, events):
+    def _died(self, link: _Link, events: int) -> None:
         if link is self.link and self.dead is None:
             self.dead = link
             self._bury()
 
-    def _bury(self):
+    def _bury(self) -> None:
         """Settle what a dead process leaves behind, and start another one in its place."""
         if self.dead is None or self.turn.setdefault("is", self) is not self:
             return                      # whoever feeds will post this again
@@ -7503,19 +7504,19 @@ class _ProcessBackend(_Backend):
             self.tally.deaths += 1
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
 
-    def _error_of(self, call, pid):
+    def _error_of(self, call: _Call, pid: int) -> Exception:
         if self.killed:
             return self.stopped(call, self.killed, True)
         if call.overran:
             return self.overrun_error(call, f"its process (pid {pid}) was killed, and a new one takes its place")
         return self.death_in(call)
 
-    def _may_run_again(self, call):
+    def _may_run_again(self, call: _Call) -> bool:
         return (not call.overran and len(call.deaths) < self.pool.options.crash_retries and call in self.calls
                 and not self.killed and not self.pool.is_stopped)
 
     @staticmethod
-    def death_in(call):
+    def death_in(call: _Call) -> WorkerDiedError:
         """Return the error of a call whose process has died, perhaps not for the first time."""
         *before, (name, pid, exitcode) = call.deaths
         text = f"{name} (pid {pid}) died {_ending(exitcode)}, while it ran {call.method}()"
@@ -7524,31 +7525,31 @@ class _ProcessBackend(_Backend):
                 f"{name} (pid {pid}) {_ending(exitcode)}" for name, pid, exitcode in before)
         return WorkerDiedError(text, name, call.method, pid, exitcode, started=True, deaths=call.deaths)
 
-    def _fail(self, call, error):
+    def _fail(self, call: _Call, error: BaseException) -> None:
         self.reader.todo.append((_settle, (call.future, _ERROR, error)))
 
-    def _hear_last(self, link):
+    def _hear_last(self, link: _Link) -> None:
         try:
             for message in link.inbox.receive():
                 self._take(link, *message)
         except BaseException:
             pass                        # cut off in the middle, or worse
 
-    def _sort_out(self, link):
+    def _sort_out(self, link: _Link) -> tuple[list[_Call], list[_Call]]:
         """Part the calls that were sent into those that had begun, one at most, and the others."""
         read = link.read_by_worker()
         begun = [call for call, end in link.sent if end <= read]
         return begun, [call for call, end in link.sent
                        if end > read and call in self.calls and call not in self.queue]
 
-    def _unwatch(self, link):
+    def _unwatch(self, link: _Link) -> None:
         for file in (link.connection, link.lane.connection, link.process.sentinel):
             try:
                 self.reader.forget(file)
             except (KeyError, ValueError):
                 pass
 
-    def _succeed(self, link, pid, exitcode, had_begun):
+    def _succeed(self, link: _Link, pid: int, exitcode: int | None, had_begun: bool) -> None:
         """Decide what comes after a process that has ended."""
         is_wanted = any(call in self.calls for call in self.queue)
         if self.is_finishing and not is_wanted:
@@ -7569,7 +7570,7 @@ class _ProcessBackend(_Backend):
             self.pool.restarts += 1
         self._launch()
 
-    def _failed_to_start(self, error):
+    def _failed_to_start(self, error: BaseException) -> None:
         self.failures += 1
         if not self.started.done():
             _settle(self.started, _ERROR, error)
@@ -7583,18 +7584,18 @@ class _ProcessBackend(_Backend):
 
     # Ending
 
-    def hurry(self):
+    def hurry(self) -> None:
         self.reader.post(self._hurry)
 
-    def _hurry(self):
+    def _hurry(self) -> None:
         if self.link is not None:
             self.link.lane.send(None, False, None)
 
-    def finish(self):
+    def finish(self) -> None:
         self.is_finishing = True
         self.reader.post(self._hang_up)
 
-    def _hang_up(self):
+    def _hang_up(self) -> None:
         """Tell the worker that no more will come: it ends when it has read everything."""
         if self.link is not None:
             try:
@@ -7602,10 +7603,10 @@ class _ProcessBackend(_Backend):
             except OSError:
                 pass
 
-    def where(self):
+    def where(self) -> str:
         return f"{self.name} (pid {self.link.process.pid})" if self.link else f"{self.name} (no process)"
 
-    def stacks(self):
+    def stacks(self) -> Iterator[str]:
         """Have the process tell where it is, and yield that."""
         link, text, timeout = self.link, "", _DUMP_TIMEOUT
         if link is None or not link.is_built or not _dump_signal():
@@ -7630,7 +7631,7 @@ class _ProcessBackend(_Backend):
         if not text:
             yield "  it does not answer: it is stopped, or about to end"
 
-    def kill(self, why):
+    def kill(self, why: str) -> None:
         """Fail what has not been sent, now; the rest waits for the worker's death, which tells how far it was."""
         self.is_finishing = True
         self.killed = why
@@ -7639,18 +7640,18 @@ class _ProcessBackend(_Backend):
                 _settle(call.future, _ERROR, self.stopped(call, why, False))
         self.reader.post(self._terminate)
 
-    def _terminate(self):
+    def _terminate(self) -> None:
         link = self.link
         if link is not None and not link.is_broken:
             link.is_broken = True
             link.process.kill(15)
             self.reader.later(_GRACE, link.process.kill)
 
-    def _end(self):
+    def _end(self) -> None:
         self.reader.backends.discard(self)
         self.reader.todo.append((_settle, (self.ended, _RESULT, None)))
 
-    def perish(self, error):
+    def perish(self, error: BaseException) -> None:
         """Fail everything: the reader itself has failed."""
         self.is_finishing = True
         if self.link is not None:
@@ -7664,12 +7665,12 @@ class _ProcessBackend(_Backend):
         _settle(self.ended, _RESULT, None)
 
 
-def _death_at_start(name, pid, exitcode, was_built=False):
+def _death_at_start(name: str, pid: int, exitcode: int | None, was_built: bool = False) -> WorkerDiedError:
     text = f"{name} (pid {pid}) died {_ending(exitcode)}, before it {'began a call' if was_built else 'was built'}"
     return WorkerDiedError(text, name, None, pid, exitcode, started=False)
 
 
-def _ending(exitcode):
+def _ending(exitcode: int | None) -> str:
     """Tell in words how a process has ended."""
     if exitcode is None:
         return "in a way that is not known"
@@ -7683,7 +7684,7 @@ def _ending(exitcode):
     return f"by signal {-exitcode} ({name})"
 
 
-def _call_parts(method, args, kwargs):
+def _call_parts(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], str]:
     names = {f"argument {n}": arg for n, arg in enumerate(args, 1)}
     names.update((f"argument {name!r}", arg) for name, arg in kwargs.items())
     return names, f" of {method}()"
@@ -7696,13 +7697,13 @@ class _Passed:
     """
 
     MOST = 252                  # what the kernel passes at once, less the one that is always passed
-    received = ()               # in the worker
+    received: Sequence[int] = ()    # in the worker
 
-    def __init__(self):
-        self.descriptors = []
-        self.kept = {}
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+        self.kept: dict[bytes, LimitSet] = {}
 
-    def dumps(self, recipe):
+    def dumps(self, recipe: _Recipe) -> tuple[bytes, list[memoryview]]:
         context = sys.modules.get("multiprocessing.context")
         _here.passed = self if context else None
         if context:
@@ -7718,7 +7719,7 @@ class _Passed:
             if context:
                 context.set_spawning_popen(None)
 
-    def reduce(self, obj):
+    def reduce(self, obj: Any) -> Any:
         """Reduce what multiprocessing knows how to reduce; NotImplemented for the rest."""
         from multiprocessing import reduction
         synchronize = sys.modules.get("multiprocessing.synchronize")
@@ -7727,19 +7728,19 @@ class _Passed:
             raise _WrongContext(f"a {type(obj).__name__} of multiprocessing's fork context cannot be given to this "
                                 "worker: choose mp_context='fork', or make it with "
                                 "multiprocessing.get_context('spawn')")
-        reduce = reduction.ForkingPickler._extra_reducers.get(type(obj))
+        reduce = reduction.ForkingPickler._extra_reducers.get(type(obj))    # type: ignore[attr-defined]
         return NotImplemented if reduce is None else reduce(obj)
 
-    def duplicate_for_child(self, descriptor):
+    def duplicate_for_child(self, descriptor: int) -> int:
         if len(self.descriptors) == self.MOST:
             raise OSError(f"more than {self.MOST} descriptors cannot be given to a worker")
         self.descriptors.append(os.dup(descriptor))
         return len(self.descriptors) - 1
 
-    def DupFd(self, index):
+    def DupFd(self, index: int) -> _PassedDescriptor:
         return _PassedDescriptor(index)
 
-    def close(self):
+    def close(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.pop())
 
@@ -7747,10 +7748,10 @@ class _Passed:
 
 
 class _PassedDescriptor:
-    def __init__(self, index):
+    def __init__(self, index: int) -> None:
         self.index = index
 
-    def detach(self):
+    def detach(self) -> int:
         return _Passed.received[self.index]
 
 
@@ -7758,8 +7759,8 @@ class _WrongContext(TypeError):
     pass
 
 
-def _recipe_parts(recipe):
-    names = {"the class": recipe.cls, "initializer": recipe.initializer}
+def _recipe_parts(recipe: _Recipe) -> dict[str, Any]:
+    names: dict[str, Any] = {"the class": recipe.cls, "initializer": recipe.initializer}
     names.update((f"initargs[{n}]", arg) for n, arg in enumerate(recipe.initargs))
     names.update((f"initkwargs[{name!r}]", arg) for name, arg in recipe.initkwargs.items())
     names.update((f"argument {n}", arg) for n, arg in enumerate(recipe.args, 1))
@@ -7767,7 +7768,7 @@ def _recipe_parts(recipe):
     return names
 
 
-def _settle_answer(call, kind, data, buffers):
+def _settle_answer(call: _Call, kind: int, data: bytes | bytearray, buffers: list[Any]) -> None:
     """Settle a call with what its worker has answered."""
     if kind == _RETURNED:
         try:
@@ -7783,8 +7784,9 @@ def _settle_answer(call, kind, data, buffers):
     _settle(call.future, *outcome)
 
 
-def _loading_error(what, call, cause):
-    error = _pickle().PicklingError(f"cannot load the {what} of {call.method}(): {type(cause).__name__}: {cause}")
+def _loading_error(what: str, call: _Call | _Remote, cause: BaseException) -> Exception:
+    error: Exception = _pickle().PicklingError(
+        f"cannot load the {what} of {call.method}(): {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
 
@@ -7793,7 +7795,7 @@ class _OnDemandProcessBackend(_OnDemand, _ProcessBackend):
     """A process for one call; for a TaskWorker, which has no state, until it has been idle for a moment."""
 
 
-def _parent_state():
+def _parent_state() -> tuple[list[str], str, dict[str, str], list[str]]:
     """Return what a worker takes over from this process."""
     try:
         directory = os.getcwd()
@@ -7802,9 +7804,9 @@ def _parent_state():
     return sys.path[:], directory, dict(os.environ), sys.argv[:]
 
 
-def _module_being_imported():
+def _module_being_imported() -> str | None:
     """Return the name of the module whose import calls us, or None."""
-    frame = sys._getframe()
+    frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "<module>":
             return frame.f_globals.get("__name__")
