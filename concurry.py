@@ -9267,7 +9267,7 @@ class _Keeper:
 
 # === Pools ===
 
-_BACKENDS = {
+_BACKENDS: dict[tuple[ExecutionMode, bool], type[_Backend]] = {
     (ExecutionMode.Sync, False): _SyncBackend,
     (ExecutionMode.Threads, False): _ThreadBackend,
     (ExecutionMode.Threads, True): _OnDemandThreadBackend,
@@ -9279,11 +9279,11 @@ _BACKENDS = {
 }
 
 _GRACE = 0.9            # seconds: between TERM and KILL, and what a stop may take beyond its timeout
-_pools = weakref.WeakSet()          # those with workers
+_pools: weakref.WeakSet[_Pool] = weakref.WeakSet()          # those with workers
 _is_exiting = False                 # the interpreter has begun to finish
 
 
-def _must_not_block():
+def _must_not_block() -> bool:
     """Tell whether code that submits here has to go on: see 'The queue' in the README.
 
     In a call, a done-callback, a thread of ours or a running event loop waiting for a place could
@@ -9297,7 +9297,7 @@ def _must_not_block():
     return _is_interruption(sys._getframe())
 
 
-def _is_interruption(frame):
+def _is_interruption(frame: types.FrameType | None) -> bool:
     """Tell whether a signal handler or a `__del__` is on the stack."""
     handlers = _signal_handlers()
     while frame is not None:
@@ -9307,16 +9307,17 @@ def _is_interruption(frame):
     return False
 
 
-def _signal_handlers():
+def _signal_handlers() -> Collection[Any]:
     """Return the code objects of this process's handlers; empty where signals cannot come."""
     if threading.current_thread() is not threading.main_thread():
         return ()
-    import _signal  # `signal` makes an enum of each answer: 80 microseconds instead of 3
+    # `signal` makes an enum of each answer: 80 microseconds instead of 3
+    import _signal  # pyright: ignore[reportMissingImports]
     handlers = filter(callable, map(_signal.getsignal, range(1, _signal.NSIG)))
     return {_code_of(handler) for handler in handlers} - {None}
 
 
-def _code_of(fn):
+def _code_of(fn: Any) -> Any:
     while isinstance(fn, functools.partial):
         fn = fn.func
     fn = getattr(fn, "__func__", fn)
@@ -9326,11 +9327,11 @@ def _code_of(fn):
 class _TimeKeeper:
     """Looks to the time that a pool's calls run, and has those that take too long ended; on the reader's thread."""
 
-    def __init__(self, limits):
+    def __init__(self, limits: dict[str, float | None] | float) -> None:
         self.limits = limits if isinstance(limits, dict) else {"*": limits}
         self.reader = _reader_for(self)
 
-    def limit_of(self, call):
+    def limit_of(self, call: _Call) -> float | None:
         """Return the seconds that a call may run, None for no limit."""
         name = call.method
         if name not in self.limits:
@@ -9338,35 +9339,35 @@ class _TimeKeeper:
         seconds = self.limits[name]
         return seconds and seconds * call.count
 
-    def watch(self, call):
+    def watch(self, call: _Call) -> None:
         """Be told that a call begins; from any thread, perhaps not for the first time."""
         if call.alarm is None:
             seconds = self.limit_of(call)
             if seconds is not None:
                 self.reader.post(self._set, call, seconds, _now())
 
-    def forget(self, call):
+    def forget(self, call: _Call) -> None:
         """Be told that a call has ended."""
         if call.alarm is not None:
             self.reader.post(self.reader.cancel, call.alarm)
 
-    def _set(self, call, seconds, began):
+    def _set(self, call: _Call, seconds: float, began: float) -> None:
         if call.alarm is None and not call.future.done():
             left = max(0.0, began + seconds - _now())
             call.alarm = self.reader.later(left, functools.partial(self._ring, call, seconds))
             if call.future.done():          # since: who ended it may not have seen the alarm
                 self.reader.cancel(call.alarm)
 
-    def _ring(self, call, seconds):
+    def _ring(self, call: _Call, seconds: float) -> None:
         backend = call.backend
         if backend is not None and not call.future.done():
             call.overran = seconds
             backend.overrun(call)
 
-    def end(self):
+    def end(self) -> None:
         self.reader.post(self.reader.backends.discard, self)
 
-    def perish(self, error):
+    def perish(self, error: BaseException) -> None:
         """Leave the calls alone: nobody looks to their time any more, as has been logged."""
 
 
@@ -9381,43 +9382,47 @@ class _Pool:
     a signal handler may raise in the middle of any of them.
     """
 
-    def __init__(self, recipe, options):
+    def __init__(self, recipe: _Recipe, options: _Options) -> None:
         self.recipe = recipe
         self.options = options
         self.name = recipe.name
         self.bound = recipe.bound
         self.room = options.room
-        self.balancer = _BALANCERS[options.load_balancing]()
-        self.choose = self._choose_or_grow if options.on_demand else self.balancer.choose
+        self.balancer: Any = _BALANCERS[options.load_balancing]()
+        self.choose: Callable[[list[_Backend], float], _Backend | None] = \
+            self._choose_or_grow if options.on_demand else self.balancer.choose
         self.rests = options.on_demand      # a worker is told when it has nothing to do: it may be about to go
         self.leaving: dict[_Backend, None] = {}     # workers that were told to end, and have not yet
         self.kind = kind = _BACKENDS[options.mode, options.on_demand]
         self.runs_inline, self.prepares, self.make_future = kind.runs_inline, kind.prepares, kind.future
         self.on_demand = options.on_demand
-        self.backends = []
-        self.calls = {}
-        self.backlog = collections.deque()
-        self.chores = collections.deque()       # what else is for the one who places to do
-        self.turn = {}                  # "is": whose turn it is to place, a list of his thread
+        self.backends: list[_Backend] = []
+        self.calls: dict[_Call, None] = {}
+        self.backlog: collections.deque[_Call] = collections.deque()
+        # what else is for the one who places to do
+        self.chores: collections.deque[Callable[[list[tuple[_Call, BaseException]]], None]] = collections.deque()
+        self.turn: dict[str, list[int]] = {}    # "is": whose turn it is to place, a list of his thread
         self.dispatched = 0
         self.tally = _Tally()           # of calls that no worker has had, and of workers that are gone
         self.restarts = 0
         self.is_stopped = False
-        self.closed = None              # why no call is taken any more, in words
+        self.closed: str | None = None  # why no call is taken any more, in words
         self.is_finishing = False       # the workers end when the last call has
         self.once = itertools.count()   # who asks first gets 0: ending is done once
         self.over: BaseFuture[None] = BaseFuture()      # `stop` has done all it could
-        self.broken = None              # why nobody takes the next call: what the last worker was given up for
-        self.keeper = None              # of the time of its calls, if they have limits
-        self.kept = {}                  # limit sets that its calls have brought to processes
-        self.known = {}                 # functions that its calls name again and again, and what stands for them
+        # why nobody takes the next call: what the last worker was given up for
+        self.broken: BaseException | None = None
+        self.keeper: _TimeKeeper | None = None  # of the time of its calls, if they have limits
+        self.kept: dict[Any, Any] = {}  # limit sets that its calls have brought to processes
+        # functions that its calls name again and again, and what stands for them
+        self.known: dict[Any, Any] = {}
         self.context = contextvars.copy_context()       # for constructors: of whoever made the pool
 
     # Starting
 
-    def start(self):
+    def start(self) -> None:
         """Build the workers side by side; return when all are built, or raise what one of them raised."""
-        self.setup = self.kind.set_up(self.recipe, self.options)
+        self.setup: Any = self.kind.set_up(self.recipe, self.options)
         if self.options.call_timeout is not None and self.kind.has_time_limits:
             self.keeper = _TimeKeeper(self.options.call_timeout)
         if self.on_demand:
@@ -9446,12 +9451,13 @@ class _Pool:
 
     # Submitting
 
-    def submit(self, method, args, kwargs, deadline=None, count=1):
+    def submit(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None = None,
+               count: int = 1) -> BaseFuture[Any]:
         """Send a call on its way, which stands for so many, and return its future; wait for a place if one may.
 
         Raises RuntimeError when no call is taken any more, TimeoutError at the deadline.
         """
-        future = self.make_future()
+        future: BaseFuture[Any] = self.make_future()
         call = future._call = _Call(self, future, method, args, kwargs)
         if count > 1:
             call.count = count
@@ -9474,7 +9480,7 @@ class _Pool:
             raise
         return future
 
-    def _prepare(self, call):
+    def _prepare(self, call: _Call) -> bool:
         """Have the call pickled, in the caller; settle its future and return False if that fails."""
         args, kwargs = call.args, call.kwargs
         if args is None or kwargs is None:      # stop() was quicker: it is settled
@@ -9489,7 +9495,7 @@ class _Pool:
         call.args = call.kwargs = None
         return True
 
-    def _await_dependencies(self, call, nested):
+    def _await_dependencies(self, call: _Call, nested: _Nested) -> None:
         """Have the call enqueued when the futures among its arguments are done."""
         futures = list(dict.fromkeys(nested.futures))
         if self.prepares:
@@ -9505,7 +9511,7 @@ class _Pool:
         else:
             then()
 
-    def _resume(self, call, nested, futures):
+    def _resume(self, call: _Call, nested: _Nested, futures: list[Any]) -> None:
         for future in futures:
             if future.done() and _has_no_result(future):
                 _fail_dependent(call.future, *_outcome_of(future))
@@ -9521,14 +9527,14 @@ class _Pool:
         else:
             self.enqueue(call)
 
-    def enqueue(self, call):
+    def enqueue(self, call: _Call) -> None:
         """Have a call that is ready carried out in its turn."""
         if self.runs_inline:
             self._assign(call, self.backends[0])
         else:
             self.place(call)
 
-    def _wait_for_place(self, call, deadline):
+    def _wait_for_place(self, call: _Call, deadline: float | None) -> None:
         """Sleep until the call has been placed or settled, where this thread may sleep."""
         if self.on_demand or self.turn.get("is") == [threading.get_ident()] or _must_not_block():
             return
@@ -9537,7 +9543,7 @@ class _Pool:
         if call.backend is None and call in self.calls and not _sleep_on(gate, _left(deadline)):
             raise _timeout("no place in the queue became free in time")
 
-    def is_stuck_here(self, call):
+    def is_stuck_here(self, call: _Call) -> bool:
         """Tell whether a call cannot begin, or go on, while this thread waits for it."""
         backends = self.backends
         backend = call.backend or (backends[0] if len(backends) == 1 and not self.on_demand else None)
@@ -9545,7 +9551,7 @@ class _Pool:
 
     # Placing
 
-    def place(self, call=None):
+    def place(self, call: _Call | None = None) -> None:
         """Give this call, after what is in the backlog, to workers that have room."""
         mine, turn = [threading.get_ident()], self.turn
         try:
@@ -9575,11 +9581,12 @@ class _Pool:
             self.place()                # also what others have left to this thread while it had its turn
             raise
 
-    def _has_room(self):
+    def _has_room(self) -> bool:
         return any(len(backend.calls) < self.room for backend in self._usable())
 
-    def _place_all(self):
+    def _place_all(self) -> list[tuple[_Call, BaseException]]:
         """Place calls while there is room; return those that nobody will ever take, with the reason."""
+        refused: list[tuple[_Call, BaseException]]
         backlog, refused = self.backlog, []
         while self.chores:
             self.chores[0](refused)
@@ -9598,7 +9605,7 @@ class _Pool:
             backlog.popleft()
         return refused
 
-    def _assign(self, call, backend):
+    def _assign(self, call: _Call, backend: _Backend) -> None:
         call.backend = backend
         backend.calls[call] = None
         if call not in self.calls:      # settled since: who did that may not have seen the backend
@@ -9612,10 +9619,10 @@ class _Pool:
         if call.gate is not None:
             call.open_gate()
 
-    def _choose_or_grow(self, backends, room):
+    def _choose_or_grow(self, backends: list[_Backend], room: float) -> _Backend | None:
         """Return the worker for the next call, a new one if need be; None if there may be no more."""
         self.broken = None
-        backend = self.balancer.choose(self._usable(), room)
+        backend: _Backend | None = self.balancer.choose(self._usable(), room)
         if backend is None and len(backends) < self.options.max_workers:
             try:
                 backend = self._grow()
@@ -9624,18 +9631,18 @@ class _Pool:
                     self.broken = error
         return backend
 
-    def _usable(self):
+    def _usable(self) -> list[_Backend]:
         """Return the workers that may get a call once they have room."""
         return [backend for backend in self.backends if not backend.is_spent]
 
-    def _grow(self):
+    def _grow(self) -> _Backend:
         taken = {backend.index for backend in self.backends}
         backend = self.kind(self, next(index for index in itertools.count() if index not in taken))
         backend.start()
         self.backends = [*self.backends, backend]
         return backend
 
-    def leave(self, call, kind):
+    def leave(self, call: _Call, kind: str) -> None:
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
         self.calls.pop(call, None)
         call.args = call.kwargs = call.context = None       # which holds the call
@@ -9670,11 +9677,11 @@ class _Pool:
         if self.is_finishing and not self.calls:
             self._finish()
 
-    def dismiss(self, backend):
+    def dismiss(self, backend: _Backend) -> None:
         """Have a worker end, if it is idle when its turn comes."""
         self.have(functools.partial(self._dismiss, backend))
 
-    def _dismiss(self, backend, refused):
+    def _dismiss(self, backend: _Backend, refused: list[tuple[_Call, BaseException]]) -> None:
         if not backend.calls and backend in self.backends:
             self._remove(backend)
             self.leaving[backend] = None
@@ -9723,7 +9730,7 @@ class _Pool:
     def _choose_staying(self, backends: list[_Backend], room: float) -> _Backend | None:
         return self.balancer.choose(self._usable(), room)
 
-    def _remove(self, backend):
+    def _remove(self, backend: _Backend) -> None:
         # A new list: others may be reading the old one.
         if backend not in self.backends:
             return
@@ -9736,11 +9743,11 @@ class _Pool:
         self.chores.append(chore)
         self.place()
 
-    def replace(self, backend):
+    def replace(self, backend: _ThreadBackend) -> None:
         """Have a new worker take the place of one that is left to itself; from any thread."""
         self.have(functools.partial(self._replace, backend))
 
-    def _replace(self, backend, refused):
+    def _replace(self, backend: _ThreadBackend, refused: list[tuple[_Call, BaseException]]) -> None:
         if backend not in self.backends:
             return
         calls = [call for call in backend.give_up() if call in self.calls]
@@ -9765,11 +9772,12 @@ class _Pool:
             return
         self.backends = sorted([*self.backends, new], key=lambda backend: backend.index)
 
-    def lose(self, backend, error):
+    def lose(self, backend: _Backend, error: BaseException) -> None:
         """Give up a worker that cannot be started: the others take over, or all fails with this error."""
         self.have(functools.partial(self._lose, backend, error))
 
-    def _lose(self, backend, error, refused):
+    def _lose(self, backend: _Backend, error: BaseException,
+              refused: list[tuple[_Call, BaseException]]) -> None:
         self._remove(backend)
         calls = list(backend.calls)
         for call in calls:
@@ -9784,26 +9792,26 @@ class _Pool:
 
     # Ending
 
-    def close(self, reason):
+    def close(self, reason: str) -> None:
         """Take no more calls."""
         if self.closed is None:
             self.closed = f"cannot submit to {self.name}: {reason}"
 
-    def finish(self):
+    def finish(self) -> None:
         """Let what was submitted be done, then end the workers; return at once."""
         self.close("it is shut down")
         self.is_finishing = True
         if not self.calls:
             self._finish()
 
-    def _finish(self):
+    def _finish(self) -> None:
         if next(self.once) == 0:
             if self.keeper is not None:
                 self.keeper.end()
             for backend in list(self.backends):
                 backend.finish()
 
-    def shutdown(self, wait=True, cancel_futures=False):
+    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         """Finish, and wait until nothing is left of the workers, unless this is one of them."""
         self.close("it is shut down")
         if cancel_futures:
@@ -9814,18 +9822,18 @@ class _Pool:
             _run(self.until_ended(), None)
             self._let_go()
 
-    def _is_here(self):
+    def _is_here(self) -> bool:
         call = _calling.get()
         return call is not None and getattr(call, "pool", None) is self \
             or any(backend.is_here() for backend in self.backends)
 
-    def until_ended(self):
+    def until_ended(self) -> Generator[Any, Any, None]:
         """Yield what to wait for until all calls and workers have ended."""
         while self.calls:
             yield from _settled_of({call.future for call in list(self.calls)}, ALL_COMPLETED)
         yield from _settled_of({backend.ended for backend in [*self.backends, *self.leaving]}, ALL_COMPLETED)
 
-    def stop(self, timeout=None, join=True):
+    def stop(self, timeout: float | None = None, join: bool = True) -> None:
         """Drop what has not begun, let what runs finish within the timeout, then end it the hard way.
 
         Without `join` all but the first is done on a thread beside.
@@ -9902,7 +9910,7 @@ class _Pool:
             if call.backend is not None and call in self.calls:
                 _settle(call.future, _ERROR, call.backend.stopped(call, why, True if call.deaths else None))
 
-    def _see_them_end(self, deadline, why):
+    def _see_them_end(self, deadline: float | None, why: str) -> None:
         """Wait for the workers; kill those that are late; warn of what cannot be killed."""
         ended = {backend.ended: backend for backend in [*self.backends, *self.leaving] if not backend.is_here()}
         late = _run(_settled_of(set(ended), ALL_COMPLETED), max(_left(deadline), 0.05)).not_done
@@ -9916,13 +9924,13 @@ class _Pool:
             _warn(f"{alive} workers of {self.name} go on although it was stopped: a thread cannot be killed",
                   ResourceWarning)
 
-    def _let_go(self):
+    def _let_go(self) -> None:
         if self.keeper is not None:
             self.keeper.end()
         self.setup = None               # and the descriptors that it holds
         self.kind.tear_down(self)
 
-    def abandon(self):
+    def abandon(self) -> None:
         """Be of no use in a forked child: its workers are the parent's. Nobody waits here, no lock is sure."""
         self.is_stopped = True
         self.closed = f"{self.name} belongs to the parent of this process: os.fork does not copy its workers"
@@ -9934,7 +9942,7 @@ class _Pool:
 
     # Looking inside
 
-    def stats(self):
+    def stats(self) -> dict[str, Any]:
         busy = sum(bool(backend.calls) for backend in self.backends)
         return {
             "total_workers": len(self.backends),
@@ -9948,7 +9956,7 @@ class _Pool:
                               **self.balancer.stats(self.backends)},
         }
 
-    def tallies(self):
+    def tallies(self) -> dict[str, Any]:
         """Return what has become of all calls, and by worker."""
         total, workers, calls = _Tally(), {}, list(self.calls)
         total.add(self.tally)
@@ -9958,14 +9966,14 @@ class _Pool:
             workers[backend.name] = self._told(backend.tally, list(backend.calls))
         return {**self._told(total, calls), "workers": workers}
 
-    def _told(self, tally, calls):
+    def _told(self, tally: _Tally, calls: list[_Call]) -> dict[str, Any]:
         running = sum(call.future.running() for call in calls)
         is_told = self.options.mode is not ExecutionMode.Ray        # whose actors do not count their retries
         return {"done": tally.done, "failed": tally.failed, "cancelled": tally.cancelled, "running": running,
                 "queued": len(calls) - running, "retried": tally.retried if is_told else None, "deaths": tally.deaths,
                 "retired": tally.retired, "time_running": tally.running, "time_waiting": tally.waiting}
 
-    def dump(self, file):
+    def dump(self, file: TextIO) -> None:
         """Print where each worker is."""
         for backend in list(self.backends):
             calls = [call for call in list(backend.calls) if call.future.running()]
@@ -9989,12 +9997,12 @@ def _warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-def _finish_all():
+def _finish_all() -> None:
     """Finish what was submitted anywhere: the interpreter is about to exit, the daemons still run."""
     global _is_exiting
     _is_exiting = True
     pools = [pool for pool in _pools if not pool.is_stopped]
-    calls = True
+    calls: Any = True
     while calls:
         calls = [call for pool in pools for call in list(pool.calls)]
         ready = {call.future for call in calls if call.watch is None}
@@ -10010,7 +10018,7 @@ def _finish_all():
     _run(_settled_of({pool.over for pool in _pools if pool.is_stopped}, ALL_COMPLETED), None)
 
 
-def _abandon_all():
+def _abandon_all() -> None:
     """Make the parent's handles and futures say, in a forked child, that they are the parent's."""
     global _pools, _reader_lock, _naming, _upstream, _own_way, _way_lock, _screens_lock
     _upstream = _own_way = None
@@ -10048,16 +10056,45 @@ class _Handle:
     Every public method of the user's class is one of the handle's class, made by `_handle_type`.
     """
 
-    def __init__(self, pool):
+    def __init__(self, pool: _Pool) -> None:
         self.__dict__["_pool"] = pool
         # No `atexit`: at exit everything is finished by _finish_all, in the right order.
-        weakref.finalize(self, pool.finish).atexit = False
+        weakref.finalize(self, pool.finish).atexit = False      # type: ignore[misc]
 
-    def _call(self, method, args, kwargs):
+    if TYPE_CHECKING:                   # the options, which are set below
+        mode: ExecutionMode
+        blocking: bool
+        max_workers: int                # infinity on demand in ray mode
+        load_balancing: LoadBalancingAlgorithm
+        on_demand: bool
+        max_queued_tasks: int | None
+        unwrap_futures: bool
+        mp_context: _StartMethod
+        on_demand_linger: float
+        num_cpus: float | None
+        num_gpus: float | None
+        resources: dict[str, float] | None
+        memory: float | None
+        actor_options: dict[str, Any]
+        crash_retries: int
+        num_retries: int | dict[str, int]
+        retry_on: Any
+        retry_algorithm: RetryAlgorithm | dict[str, RetryAlgorithm]
+        retry_wait: float | dict[str, float]
+        retry_max_wait: float
+        retry_jitter: float | dict[str, float]
+        retry_until: Any
+        call_timeout: float | dict[str, float | None] | None
+        retry_config: RetryConfig | None
+
+        @property
+        def _pool(self) -> _Pool: ...
+
+    def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         future = self._pool.submit(method, args, kwargs)
         return future.result() if self._pool.options.blocking else future
 
-    def stop(self, timeout=None, join=True):
+    def stop(self, timeout: float | None = None, join: bool = True) -> None:
         """Drop: take no more calls, cancel what has not begun, end what does not end by itself.
 
         What runs may finish within `timeout` seconds (None: `global_config`'s `stop_timeout`, 30).
@@ -10089,11 +10126,11 @@ class _Handle:
         """
         self._pool.resize(_parse("n", n, {"n": _whole(1, none=False)}))
 
-    def close(self):
+    def close(self) -> None:
         """Do what `stop()` does."""
         self.stop()
 
-    def shutdown(self, wait=True, *, cancel_futures=False):
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Finish: take no more calls, and end when everything submitted is done.
 
         Returns when that is so, or at once if `wait` is False or this is a call of the worker itself.
@@ -10102,15 +10139,15 @@ class _Handle:
         self._pool.shutdown(wait, cancel_futures)
 
     @property
-    def limits(self):
+    def limits(self) -> LimitSet | LimitPool:
         """What `self.limits` is in all its workers: a LimitSet or a LimitPool."""
         return self._pool.recipe.limits
 
-    def get_pool_stats(self):
+    def get_pool_stats(self) -> dict[str, Any]:
         """Return a dict: workers, restarts, calls dispatched and how they are spread."""
         return self._pool.stats()
 
-    def stats(self):
+    def stats(self) -> dict[str, Any]:
         """Return what has become of the calls, as a dict; under "workers" the same by the name of each that is there.
 
         done, failed, cancelled: calls that have ended; running, queued: those that have not (a call that
@@ -10123,7 +10160,7 @@ class _Handle:
         """
         return self._pool.tallies()
 
-    def dump(self, file=None):
+    def dump(self, file: TextIO | None = None) -> None:
         """Print where each worker is now, to a text file (None: standard error): the answer to "where does it hang?".
 
         Of worker threads and event loops it is the stack of what runs; of worker processes that of all their
@@ -10132,10 +10169,11 @@ class _Handle:
         """
         self._pool.dump(file or sys.stderr)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: types.TracebackType | None) -> None:
         try:
             if not _is_interrupt(kind):
                 self._pool.shutdown()
@@ -10145,45 +10183,46 @@ class _Handle:
             raise
         self._pool.stop(0)
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind, error, traceback):
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: types.TracebackType | None) -> None:
         if _is_interrupt(kind):
             self._pool.stop(0)
         self._pool.finish()
         if not self._pool.is_stopped:
             await _run_async(self._pool.until_ended(), None)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Callable[..., BaseFuture[Any]]:
         _check_method(self._pool.recipe.cls, name, dir(type(self)))
         return functools.partial(self._call, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name!r} cannot be set: the worker's state is its own, and its options are fixed")
 
-    def __delattr__(self, name):
+    def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{name!r} cannot be deleted")
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         names = {name for name, _ in _definitions(self._pool.recipe.cls) if not name.startswith("_")}
         return sorted(names.union(super().__dir__()))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         options = self._pool.options
         return (f"<{self._pool.name} handle: {options.mode.value}, {len(self._pool.backends)} of "
                 f"{options.max_workers} workers, {len(self._pool.calls)} calls{', stopped' * bool(self._pool.closed)}>")
 
-    def __reduce__(self):
+    def __reduce__(self) -> str | tuple[Any, ...]:
         import pickle
         raise pickle.PicklingError(f"a handle ({self!r}) cannot travel to another process: make the worker there")
 
 
-def _is_interrupt(kind):
+def _is_interrupt(kind: type[BaseException] | None) -> bool:
     return kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
 
 
-def _option_reader(name):
+def _option_reader(name: str) -> Callable[[Any], Any]:
     return lambda self: getattr(self._pool.options, name)
 
 
@@ -10191,7 +10230,7 @@ for _name in _OPTIONS.keys() - {"limits"}:
     setattr(_Handle, _name, property(_option_reader(_name), doc=f"The option {_name}."))
 
 
-def _check_method(cls, name, others=()):
+def _check_method(cls: type, name: str, others: Iterable[str] = ()) -> None:
     """Raise an AttributeError that helps unless `name` is a public method of the class."""
     if name.startswith("_"):
         raise AttributeError(f"{name!r} is private: only public methods of {cls.__name__} can be called from outside")
@@ -10204,8 +10243,8 @@ def _check_method(cls, name, others=()):
     raise AttributeError(f"{cls.__name__} has no method {name!r}{_nearest(name, known)}")
 
 
-def _proxy(name, method):
-    def proxy(self, /, *args, **kwargs):
+def _proxy(name: str, method: Any) -> Any:
+    def proxy(self: _Handle, /, *args: Any, **kwargs: Any) -> Any:
         return self._call(name, args, kwargs)
     try:
         return functools.wraps(method)(proxy)
@@ -10213,13 +10252,13 @@ def _proxy(name, method):
         return proxy
 
 
-def _refusal(name):
-    def refuse(self):
+def _refusal(name: str) -> property:
+    def refuse(self: _Handle) -> None:
         _check_method(self._pool.recipe.cls, name)
     return property(refuse)
 
 
-def _handle_type(cls):
+def _handle_type(cls: type) -> type[_Handle]:
     """Make the class of the handles of a worker class: its public names first, but for `stop`."""
     base = _TaskHandle if issubclass(cls, TaskWorker) else _Handle
     annotated = {name for parent in cls.__mro__ for name in getattr(parent, "__annotations__", ())}
@@ -10229,13 +10268,13 @@ def _handle_type(cls):
         if not name.startswith("_"):
             value = getattr(cls, name, None)
             proxies[name] = _proxy(name, value) if callable(value) else _refusal(name)
-    return type(f"{cls.__name__}Handle", (base,), proxies)
+    return type(f"{cls.__name__}Handle", (base,), proxies)      # pyright: ignore[reportReturnType]
 
 
 class _TaskHandle(_Handle, concurrent.futures.Executor):
     """The handle of a TaskWorker: a concurrent.futures.Executor, or a function if one is bound."""
 
-    def submit(self, /, *args, **kwargs):
+    def submit(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call `fn(*args, **kwargs)` in a worker; return its future (its result when blocking).
 
         `submit(fn, ...)`, or `submit(...)` when a function is bound.
@@ -10246,12 +10285,14 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
             raise TypeError(f"submit() needs a function first{f', not {args[0]!r}' if args else ''}")
         return self._call("submit", args, kwargs)
 
-    def __call__(self, /, *args, **kwargs):
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._pool.bound is None:
             raise TypeError("no function is bound to this worker: use submit(fn, ...), or init(fn=...)")
         return self._call("__call__", args, kwargs)
 
-    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None, progress=False):
+    def map(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, /, *args: Any, timeout: float | None = None, chunksize: int = 1, buffersize: int | None = None,
+            progress: Any = False) -> Iterator[Any]:
         """Return an iterator of the function's results over the iterables, in their order.
 
         `map(fn, *iterables)`, or `map(*iterables)` when a function is bound; then each tuple of a
@@ -10268,10 +10309,10 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
         if fn is None:
             if not args or not callable(args[0]):
                 raise TypeError(f"map() needs a function first{f', not {args[0]!r}' if args else ''}")
-            fn, *args = args
+            fn, *args = args        # type: ignore[assignment]
         _parse("chunksize", chunksize, {"chunksize": _whole(1, none=False)})
         _parse("buffersize", buffersize, {"buffersize": _whole(1)})
-        items = zip(*args)
+        items: Iterator[Any] = zip(*args)
         is_spread = self._pool.bound is not None and len(args) == 1 and not _takes_one(fn)
         if is_spread:
             items = (item[0] if isinstance(item[0], tuple) else item for item in items)
@@ -10279,14 +10320,14 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
                     is_spread, timeout, chunksize, buffersize, progress, _total_of(args)).results()
 
 
-def _total_of(iterables):
+def _total_of(iterables: Iterable[Any]) -> int | None:
     """Return how many items there will be, None if an iterable does not tell."""
     if all(isinstance(each, collections.abc.Sized) for each in iterables):
         return min(map(len, iterables), default=0)
     return None
 
 
-def _takes_one(fn):
+def _takes_one(fn: Callable[..., Any]) -> bool:
     """Tell whether the function can be called with one positional argument."""
     import inspect
     try:
@@ -10301,11 +10342,14 @@ def _takes_one(fn):
 class _Map:
     """One `map`: what is in flight, in order, and where more comes from."""
 
-    def __init__(self, pool, fn, items, is_ragged, timeout, chunksize, buffersize, progress, total):
+    def __init__(self, pool: _Pool, fn: Any, items: Iterator[Any], is_ragged: bool, timeout: float | None,
+                 chunksize: int, buffersize: int | None, progress: Any, total: int | None) -> None:
+        self.items: Iterator[Any] | None        # None after their end
         self.pool, self.fn, self.items, self.is_ragged = pool, fn, items, is_ragged
         self.timeout, self.deadline = timeout, _deadline(timeout)
         self.chunksize = 1 if pool.runs_inline else chunksize
-        self.flying = collections.deque()       # futures; at the end what reading the input raised
+        # futures; at the end what reading the input raised
+        self.flying: collections.deque[Any] = collections.deque()
         self.tracked = _tracked(progress, total, self.flying)
         most = sys.maxsize if buffersize is None else max(1, buffersize // self.chunksize)
         try:
@@ -10315,7 +10359,7 @@ class _Map:
             self.cancel()
             raise
 
-    def launch(self):
+    def launch(self) -> bool:
         """Submit the next chunk; return False if there is none."""
         if self.items is None:
             return False
@@ -10335,7 +10379,7 @@ class _Map:
         self.tracked.add(future, len(chunk))
         return True
 
-    def submit(self, chunk):
+    def submit(self, chunk: list[Any]) -> BaseFuture[Any]:
         if self.chunksize > 1:
             items = chunk if self.is_ragged else tuple(zip(*chunk))
             return self.pool.submit("_chunk", (self.fn, items), {}, self.deadline, len(chunk))
@@ -10343,7 +10387,7 @@ class _Map:
             return self.pool.submit("__call__", chunk[0], {}, self.deadline)
         return self.pool.submit("submit", (self.fn, *chunk[0]), {}, self.deadline)
 
-    def results(self):
+    def results(self) -> Iterator[Any]:
         try:
             with self.tracked:
                 while self.flying:
@@ -10362,7 +10406,7 @@ class _Map:
         finally:
             self.cancel()
 
-    def cancel(self):
+    def cancel(self) -> None:
         for future in self.flying:
             if isinstance(future, concurrent.futures.Future):
                 future.cancel()
@@ -10372,10 +10416,10 @@ class _Map:
 class _Outcomes:
     """What a chunk came to: the values, and by index the errors, which travel in a form of their own."""
 
-    def __init__(self, values, errors):
+    def __init__(self, values: list[Any], errors: dict[int, Any]) -> None:
         self.values, self.errors = values, errors
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         """Yield the values; raise the error where there is one. The chunk is used up by it."""
         if not self.errors:
             yield from self.values
@@ -10385,10 +10429,10 @@ class _Outcomes:
                 raise self.errors.pop(n)
             yield value
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _load_outcomes, (self.values, {n: _dump_error(error) for n, error in self.errors.items()})
 
-    def each_apart(self):
+    def each_apart(self) -> Self:
         """Replace each value that does not travel by the error that says so."""
         for n, value in enumerate(self.values):
             try:
@@ -10398,13 +10442,72 @@ class _Outcomes:
         return self
 
 
-def _load_outcomes(values, errors):
+def _load_outcomes(values: list[Any], errors: dict[int, Any]) -> _Outcomes:
     return _Outcomes(values, {n: _load_error(*error) for n, error in errors.items()})
+
+
+# What type checkers see of handles: a call gives a future of what the function returns; that itself, when blocking.
+if TYPE_CHECKING:
+    class _BlockingHandle(_Handle):
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+
+    class _MapsFunctions:
+        @_overload
+        def map(self, fn: Callable[..., Coroutine[Any, Any, T]], *iterables: Iterable[Any],
+                timeout: float | None = None, chunksize: int = 1, buffersize: int | None = None,
+                progress: Any = False) -> Iterator[T]: ...
+
+        @_overload
+        def map(self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None,
+                chunksize: int = 1, buffersize: int | None = None, progress: Any = False) -> Iterator[T]: ...
+
+        def map(self, *args: Any, **options: Any) -> Any: ...
+
+    # Of `submit(fn, ...)` the arguments are not checked: futures may stand for them.
+
+    class _ExecutorHandle(_MapsFunctions, _Handle, concurrent.futures.Executor):
+        @_overload
+        def submit(self, fn: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: Any) -> BaseFuture[T]: ...
+
+        @_overload
+        def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> BaseFuture[T]: ...
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class _BlockingExecutor(_MapsFunctions, _BlockingHandle):       # no stdlib Executor: its `submit` gives no future
+        @_overload
+        def submit(self, fn: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: Any) -> T: ...
+
+        @_overload
+        def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class _BoundHandle(_Handle, _Generic[P, T]):
+        __name__: str                   # of a function under @task
+
+        def submit(self, /, *args: P.args, **kwargs: P.kwargs) -> BaseFuture[T]: ...
+
+        def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BaseFuture[T]: ...
+
+        def map(self, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
+                buffersize: int | None = None, progress: Any = False) -> Iterator[T]: ...
+
+    class _BlockingBoundHandle(_BlockingHandle, _Generic[P, T]):
+        __name__: str
+
+        def submit(self, /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+        def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+        def map(self, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
+                buffersize: int | None = None, progress: Any = False) -> Iterator[T]: ...
 
 
 # === Workers ===
 
-def _open(cls, given, args, kwargs, sized=False):
+def _open(cls: type, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+          sized: bool = False) -> _Handle:
     """Build the worker or pool and return its handle."""
     fn = cls._bound_function(*args, **kwargs) if issubclass(cls, TaskWorker) else None
     options = _Options(given, sized)
@@ -10416,12 +10519,12 @@ def _open(cls, given, args, kwargs, sized=False):
     return _handle_type(cls)(pool)
 
 
-def _is_model(cls):
+def _is_model(cls: type) -> bool:
     """Tell a class of pydantic's or morphic's."""
     return any(base.__module__.partition(".")[0] in _MODELS for base in cls.__mro__)
 
 
-def _check_model(cls, mode):
+def _check_model(cls: type, mode: ExecutionMode) -> None:
     """Raise ValueError in ray mode; in others say once that this is no class for Ray, if that is found here."""
     reason = (f"Cannot create Ray worker with Pydantic-based class {cls.__name__}: Ray makes a class of its own of it, "
               f"which models do not bear; hold the model in an attribute, or validate the methods' arguments")
@@ -10433,10 +10536,10 @@ def _check_model(cls, mode):
         _warn(f"in mode 'ray' this class would not do: {reason}")
 
 
-_warned_models = weakref.WeakSet()
+_warned_models: weakref.WeakSet[type] = weakref.WeakSet()
 
 
-def _check_method_names(cls, given):
+def _check_method_names(cls: type, given: dict[str, Any]) -> None:
     """Raise a ValueError for an option by method name that names what the class does not have."""
     for option, value in given.items():
         for name in value if option in _BY_METHOD and isinstance(value, dict) else ():
@@ -10449,14 +10552,14 @@ def _check_method_names(cls, given):
 class _Builder:
     """A worker class with its options chosen: `init` builds the worker."""
 
-    def __init__(self, cls, given):
+    def __init__(self, cls: type, given: dict[str, Any]) -> None:
         self._cls = cls
         self._given = given
         _check_method_names(cls, given)
         if given.get("mode") or global_config.defaults.mode:
             _Options(given)             # an impossible combination is told now
 
-    def init(self, *args, **kwargs):
+    def init(self, *args: Any, **kwargs: Any) -> _Handle:
         """Build the worker, or the pool of workers, with these arguments of the constructor.
 
         Returns the handle when all constructors have returned; raises what one of them raised, with
@@ -10467,11 +10570,46 @@ class _Builder:
         """
         return _open(self._cls, self._given, args, kwargs)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<builder of {self._cls.__name__}: {self._given}>"
 
 
-def _options(cls, **given):
+if TYPE_CHECKING:
+    class _BlockingBuilder(_Builder):
+        def init(self, *args: Any, **kwargs: Any) -> _BlockingHandle: ...
+
+    class _TaskBuilder(_Builder):
+        @_overload
+        def init(self, fn: None = None) -> _ExecutorHandle: ...
+
+        @_overload
+        def init(self, fn: Callable[P, Coroutine[Any, Any, T]]) -> _BoundHandle[P, T]: ...
+
+        @_overload
+        def init(self, fn: Callable[P, T]) -> _BoundHandle[P, T]: ...
+
+        @_overload              # of a class with a constructor of its own
+        def init(self, *args: object, **kwargs: object) -> Any: ...
+
+        def init(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class _BlockingTaskBuilder(_BlockingBuilder):
+        @_overload
+        def init(self, fn: None = None) -> _BlockingExecutor: ...
+
+        @_overload
+        def init(self, fn: Callable[P, Coroutine[Any, Any, T]]) -> _BlockingBoundHandle[P, T]: ...
+
+        @_overload
+        def init(self, fn: Callable[P, T]) -> _BlockingBoundHandle[P, T]: ...
+
+        @_overload
+        def init(self, *args: object, **kwargs: object) -> Any: ...
+
+        def init(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def _options(cls: type, **given: Any) -> _Builder:
     """Choose how and where the worker lives; `.init(...)` on what this returns builds it.
 
     mode: "sync", "thread", "process", "asyncio" or "ray".
@@ -10504,12 +10642,12 @@ def _options(cls, **given):
     return _Builder(cls, {**stored, **_parse_all(given)})
 
 
-def _init(cls, *args, **kwargs):
+def _init(cls: type, *args: Any, **kwargs: Any) -> _Handle:
     """Build the worker with the options of its class; see `options`."""
     return _options(cls).init(*args, **kwargs)
 
 
-def _make_object(cls, make, args, kwargs):
+def _make_object(cls: type, make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a plain object in a worker, a handle where the class says so: the `__new__` of worker classes."""
     recipe = _here.building
     if recipe is not None and recipe.cls is cls:
@@ -10523,7 +10661,7 @@ def _make_object(cls, make, args, kwargs):
     return _make_plain(cls, make, args, kwargs)
 
 
-def _make_plain(cls, make, args, kwargs):
+def _make_plain(cls: Any, make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if make is not object.__new__:
         return make(cls, *args, **kwargs)
     if (args or kwargs) and cls.__init__ is object.__init__:
@@ -10543,13 +10681,30 @@ class Worker:
     state that both use needs a lock.
     """
 
-    options = classmethod(_options)
-    init = classmethod(_init)
+    if TYPE_CHECKING:
+        @_overload
+        @classmethod
+        def options(cls, *, blocking: Literal[True], mode: ExecutionMode | str = ...,
+                    **others: Any) -> _BlockingBuilder: ...
 
-    def __new__(cls, *args, **kwargs):
-        return _make_object(cls, super().__new__, args, kwargs)
+        @_overload
+        @classmethod
+        def options(cls, *, mode: ExecutionMode | str = ..., **others: Any) -> _Builder: ...
 
-    def __init_subclass__(cls, auto_init=True, **others):
+        @classmethod
+        def options(cls, **given: Any) -> Any: ...
+
+        @classmethod
+        def init(cls, *args: Any, **kwargs: Any) -> _Handle: ...
+    else:
+        options = classmethod(_options)
+        init = classmethod(_init)
+
+        # Not for type checkers: calling a class takes what its __init__ takes, and gives an object of it.
+        def __new__(cls, *args, **kwargs):
+            return _make_object(cls, super().__new__, args, kwargs)
+
+    def __init_subclass__(cls, auto_init: bool = True, **others: Any) -> None:
         ours = {name: others.pop(name) for name in list(others) if name in _OPTIONS}
         try:
             super().__init_subclass__(**others)
@@ -10562,7 +10717,7 @@ class Worker:
             _store_options(cls, ours, auto_init)
 
     @property
-    def limits(self):
+    def limits(self) -> LimitSet | LimitPool:
         """The limits of the worker this object lives in; without any, everything is granted at once."""
         return _limits_of.get(id(self), _WITHOUT)[0]
 
@@ -10570,13 +10725,21 @@ class Worker:
 _NOT_THE_USERS = frozenset(["options", "init", "limits"])
 
 
-def _store_options(cls, given, auto_init):
+def _store_options(cls: Any, given: dict[str, Any], auto_init: bool) -> None:
     stored = getattr(cls, "_worker_options", {})
     cls._worker_options = {**stored, **_parse_all(given)}
     cls._auto_init = auto_init
 
 
-def worker(cls=None, /, *, auto_init=True, **options):
+@_overload
+def worker(cls: type[T], /, *, auto_init: bool = True, **options: Any) -> type[T]: ...
+
+
+@_overload
+def worker(cls: None = None, /, *, auto_init: bool = True, **options: Any) -> Callable[[type[T]], type[T]]: ...
+
+
+def worker(cls: Any = None, /, *, auto_init: bool = True, **options: Any) -> Any:
     """Store options with a class, so that calling it builds a worker: `@worker(mode="thread")`.
 
     Any class will do. `My(...)` and `My.init(...)` then return a handle, `My.options(...)` overrides;
@@ -10589,7 +10752,8 @@ def worker(cls=None, /, *, auto_init=True, **options):
         raise TypeError(f"@worker needs a class, not {cls!r}; for a function there is @task")
     if not issubclass(cls, Worker):
         make = cls.__new__
-        cls.__new__ = staticmethod(lambda cls, *args, **kwargs: _make_object(cls, make, args, kwargs))
+        cls.__new__ = staticmethod(     # type: ignore[method-assign, assignment]
+            lambda cls, *args, **kwargs: _make_object(cls, make, args, kwargs))
         for name in _NOT_THE_USERS:
             if not hasattr(cls, name):
                 setattr(cls, name, vars(Worker)[name])
@@ -10603,29 +10767,66 @@ class TaskWorker(Worker):
     `init(fn=f)` binds a function: then `submit(*args)`, `map(*iterables)` and `handle(*args)` call it.
     """
 
-    def __init__(self, fn=None):
-        self._fn = fn
+    if TYPE_CHECKING:
+        @_overload
+        @classmethod
+        def options(cls, *, blocking: Literal[True], mode: ExecutionMode | str = ...,
+                    **others: Any) -> _BlockingTaskBuilder: ...
+
+        @_overload
+        @classmethod
+        def options(cls, *, blocking: Literal[False] = False, mode: ExecutionMode | str = ...,
+                    **others: Any) -> _TaskBuilder: ...
+
+        @_overload
+        @classmethod
+        def options(cls, *, blocking: bool, **others: Any) -> Any: ...
+
+        @classmethod
+        def options(cls, **given: Any) -> Any: ...
+
+        @_overload
+        @classmethod
+        def init(cls, fn: None = None) -> _ExecutorHandle: ...
+
+        @_overload
+        @classmethod
+        def init(cls, fn: Callable[P, Coroutine[Any, Any, T]]) -> _BoundHandle[P, T]: ...
+
+        @_overload
+        @classmethod
+        def init(cls, fn: Callable[P, T]) -> _BoundHandle[P, T]: ...
+
+        @_overload
+        @classmethod
+        def init(cls, *args: object, **kwargs: object) -> Any: ...
+
+        @classmethod
+        def init(cls, *args: Any, **kwargs: Any) -> Any: ...
+
+    def __init__(self, fn: Callable[..., Any] | None = None) -> None:
+        self._fn: Any = fn
         self._wants_limits = _parameter_place(fn, "limits", self.limits is not _UNLIMITED)
 
     @classmethod
-    def _bound_function(cls, *args, **kwargs):
+    def _bound_function(cls, *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
         """Return the function that the arguments of `init` bind, or None."""
         fn = kwargs.get("fn", args[0] if args and cls.__init__ is TaskWorker.__init__ else None)
         if fn is not None and not callable(fn):
             raise TypeError(f"fn must be callable, not {fn!r}")
         return fn
 
-    def submit(self, fn, /, *args, **kwargs):
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the function here."""
         return fn(*args, **kwargs)
 
-    def __call__(self, /, *args, **kwargs):
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         place = self._wants_limits
         if place is not None and "limits" not in kwargs and len(args) <= place:
             kwargs["limits"] = self.limits
         return self._fn(*args, **kwargs)
 
-    def _chunk(self, fn, items):
+    def _chunk(self, fn: Any, items: Any) -> Any:
         """Call the function with each item; what one raises is that item's alone.
 
         items: a list of tuples of arguments, or a tuple of columns, which travel in less time.
@@ -10635,6 +10836,8 @@ class TaskWorker(Worker):
         is_async = _is_async(fn or self._fn)        # self: it has no retries of its own, and adds the limits
         if fn is None:
             fn = self._fn if self._wants_limits is None else self
+        values: list[Any]
+        errors: dict[int, Any]
         values, errors, runner = [], {}, _runner_of(self)
         if is_async:
             return self._chunk_async(fn, items, values, errors, [])
@@ -10650,7 +10853,7 @@ class TaskWorker(Worker):
                     values.append(None)
                 continue
 
-            def run(item=item):
+            def run(item: Any = item) -> tuple[str, Any]:
                 return first.pop() if first else _attempt(fn, item, {})
             kind, value = run() if runner is None else runner.again("submit", (fn, *item), {}, run)
             if kind is _ERROR:
@@ -10658,10 +10861,11 @@ class TaskWorker(Worker):
             values.append(None if kind is _ERROR else value)
         return _Outcomes(values, errors)
 
-    async def _chunk_async(self, fn, items, values, errors, first):
+    async def _chunk_async(self, fn: Any, items: list[Any], values: list[Any], errors: dict[int, Any],
+                           first: list[Any]) -> _Outcomes:
         runner = _runner_of(self)
         for item in items:
-            async def run(item=item):
+            async def run(item: Any = item) -> tuple[str, Any]:
                 try:
                     coroutine = first.pop() if first else fn(*item)
                 except BaseException as error:
@@ -10673,14 +10877,14 @@ class TaskWorker(Worker):
             values.append(None if kind is _ERROR else value)
         return _Outcomes(values, errors)
 
-    def _is_async(self, call):
+    def _is_async(self, call: _Call) -> bool:
         """Tell whether this call of a function gives a coroutine."""
         if call.method == "__call__":
             return _is_async(self._fn)
         return call.method in ("submit", "_chunk") and _is_async(call.args[0] or self._fn)
 
 
-def _parameter_place(fn, name, optional):
+def _parameter_place(fn: Any, name: str, optional: bool) -> int | None:
     """Return how many positional arguments come before a parameter, required or `optional`; None if there is none."""
     code = getattr(fn, "__code__", None)
     if fn is None or code is not None and name not in code.co_varnames:
@@ -10702,7 +10906,21 @@ def _parameter_place(fn, name, optional):
 
 # === Conveniences ===
 
-def Executor(mode, max_workers=None, **options):
+@_overload
+def Executor(mode: ExecutionMode | str, max_workers: int | None = None, *, blocking: Literal[True],
+             **options: Any) -> _BlockingExecutor: ...
+
+
+@_overload
+def Executor(mode: ExecutionMode | str, max_workers: int | None = None, *, blocking: Literal[False] = False,
+             **options: Any) -> _ExecutorHandle: ...
+
+
+@_overload
+def Executor(mode: ExecutionMode | str, max_workers: int | None = None, *, blocking: bool, **options: Any) -> Any: ...
+
+
+def Executor(mode: ExecutionMode | str, max_workers: int | None = None, **options: Any) -> Any:
     """Return a handle that is a concurrent.futures.Executor, in any mode.
 
     `max_workers` None: as many as `global_config` says, thread 24 and process 4; in ray mode as many as the
@@ -10715,33 +10933,41 @@ def Executor(mode, max_workers=None, **options):
 class _TaskFunction(_TaskHandle):
     """A function under `@task`: the handle of a TaskWorker bound to it, which starts at the first call."""
 
-    __setattr__ = object.__setattr__        # a function has attributes
+    if TYPE_CHECKING:
+        _fn: Any
+        _given: dict[str, Any]
+        _making: Any
+        _made: _Pool                    # None before it is needed
+        _is_started: bool
+        __name__: str
 
-    def __init__(self, fn, given):
+    __setattr__: Any = object.__setattr__        # a function has attributes
+
+    def __init__(self, fn: Callable[..., Any], given: dict[str, Any]) -> None:
         if not callable(fn):
             raise TypeError(f"@task needs a function, not {fn!r}")
         self.__dict__.update(_fn=fn, _given=given, _making=threading.RLock(), _made=None, _is_started=False)
         functools.update_wrapper(self, fn)
 
     @property
-    def _pool(self):
+    def _pool(self) -> _Pool:
         if self._made is None:
             with self._making:
                 if self._made is None:
                     self.__dict__["_made"] = self._make_pool()
         return self._made
 
-    def _make_pool(self):
+    def _make_pool(self) -> _Pool:
         given = dict(self._given)
         mode = given.get("mode") or global_config.defaults.mode
         if mode is not None and mode not in _ONE_WORKER:
             given.setdefault("on_demand", global_config.get_defaults(mode)["task_decorator_on_demand"])
         options = _Options(given, sized=True)
         pool = _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn, options), options)
-        weakref.finalize(self, pool.finish).atexit = False
+        weakref.finalize(self, pool.finish).atexit = False      # type: ignore[misc]
         return pool
 
-    def _start(self):
+    def _start(self) -> None:
         pool = self._pool
         with self._making:
             if self._is_started or pool.closed:
@@ -10754,25 +10980,72 @@ class _TaskFunction(_TaskHandle):
                 self.__dict__.update(_made=None, _is_started=False)
                 raise
 
-    def _call(self, method, args, kwargs):
+    def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._is_started:
             self._start()
         return super()._call(method, args, kwargs)
 
-    def map(self, /, *args, timeout=None, chunksize=1, buffersize=None, progress=False):
+    def map(self, /, *args: Any, timeout: float | None = None, chunksize: int = 1, buffersize: int | None = None,
+            progress: Any = False) -> Iterator[Any]:
         self._start()
         return super().map(*args, timeout=timeout, chunksize=chunksize, buffersize=buffersize, progress=progress)
 
     map.__doc__ = _TaskHandle.map.__doc__
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<task {self.__name__}: {self._given}>"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _TaskFunction, (self._fn, self._given)
 
 
-def task(fn=None, /, **options):
+if TYPE_CHECKING:
+    class _TaskMaker(Protocol):
+        @_overload
+        def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> _BoundHandle[P, T]: ...
+
+        @_overload
+        def __call__(self, fn: Callable[P, T], /) -> _BoundHandle[P, T]: ...
+
+    class _BlockingTaskMaker(Protocol):
+        @_overload
+        def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> _BlockingBoundHandle[P, T]: ...
+
+        @_overload
+        def __call__(self, fn: Callable[P, T], /) -> _BlockingBoundHandle[P, T]: ...
+
+
+@_overload
+def task(fn: None = None, /, *, blocking: Literal[True], **options: Any) -> _BlockingTaskMaker: ...
+
+
+@_overload
+def task(fn: None = None, /, *, blocking: Literal[False] = False, **options: Any) -> _TaskMaker: ...
+
+
+@_overload
+def task(fn: Callable[P, Coroutine[Any, Any, T]], /, *, blocking: Literal[True],
+         **options: Any) -> _BlockingBoundHandle[P, T]: ...
+
+
+@_overload
+def task(fn: Callable[P, T], /, *, blocking: Literal[True], **options: Any) -> _BlockingBoundHandle[P, T]: ...
+
+
+@_overload
+def task(fn: Callable[P, Coroutine[Any, Any, T]], /, *, blocking: Literal[False] = False,
+         **options: Any) -> _BoundHandle[P, T]: ...
+
+
+@_overload
+def task(fn: Callable[P, T], /, *, blocking: Literal[False] = False, **options: Any) -> _BoundHandle[P, T]: ...
+
+
+@_overload
+def task(fn: Any = None, /, *, blocking: bool, **options: Any) -> Any: ...
+
+
+def task(fn: Any = None, /, **options: Any) -> Any:
     """Make a function run in workers: `@task(mode="process")`; calling it returns a future.
 
     The function becomes the handle of a TaskWorker that is bound to it: `f(...)`, `f.submit(...)`,
@@ -10984,12 +11257,12 @@ Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.
 """
 
 
-def _arguments():
+def _arguments() -> tuple[Any, Any]:
     import argparse
     parser = argparse.ArgumentParser(prog="concurry", description="Apply a callable to every line, on many workers.")
     parser.add_argument("--version", action="version", version=f"concurry {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="map")
-    mapping = commands.add_parser("map", help="print a result for every line: see map --help")
+    mapping: Any = commands.add_parser("map", help="print a result for every line: see map --help")
     mapping.format_help = lambda: _HELP
     mapping.usage = _HELP.partition("\n")[0].partition(" ")[2]
     mapping.add_argument("-e", dest="expression")
@@ -11006,12 +11279,12 @@ def _arguments():
 class _Expression:
     """A function of x from its source text, with the modules that it names: `hashlib.md5(x.encode()).hexdigest()`."""
 
-    def __init__(self, source):
+    def __init__(self, source: str) -> None:
         import ast
         self._source = source
         tree = ast.parse(source.strip(), "<expression>", "eval")
         self._code = compile(tree, "<expression>", "eval")
-        self._names = {}
+        self._names: dict[str, types.ModuleType] = {}
         bound = {"x", *dir(builtins)}
         for node in ast.walk(tree):
             if isinstance(node, ast.arg):
@@ -11019,23 +11292,24 @@ class _Expression:
             elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
                 bound.add(node.id)
         for node in ast.walk(tree):
-            parts = []
+            parts: list[str] = []
             while isinstance(node, ast.Attribute):
                 parts.insert(0, node.attr)
                 node = node.value
             if isinstance(node, ast.Name) and node.id not in bound:
                 self._names[node.id] = _import_along(node.id, parts)
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> Any:
         return eval(self._code, {**self._names, "x": x})
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Expression, (self._source,)
 
 
-def _import_along(name, parts):
+def _import_along(name: str, parts: list[str]) -> types.ModuleType:
     """Import a module, and those in it that a chain of attributes leads through; return it, or raise ValueError."""
     import importlib
+    found: Any
     try:
         top = found = importlib.import_module(name)
     except ImportError as error:
@@ -11053,7 +11327,7 @@ def _import_along(name, parts):
     return top
 
 
-def _find_callable(name):
+def _find_callable(name: str) -> Callable[..., Any]:
     """Return what `module:name` names, or raise ValueError."""
     module, _, path = name.partition(":")
     if not module or not path:
@@ -11073,10 +11347,10 @@ def _find_callable(name):
 class _ForLines:
     """What is done with a line, in its worker: read it, call within the limit, write the result."""
 
-    def __init__(self, fn, is_json):
+    def __init__(self, fn: Callable[[Any], Any], is_json: bool) -> None:
         self.fn, self.is_json = fn, is_json
 
-    def __call__(self, line, limits):
+    def __call__(self, line: str, limits: LimitSet) -> Any:
         if self.is_json:
             import json
             line = json.loads(line)
@@ -11084,19 +11358,19 @@ class _ForLines:
             result = self.fn(line)
         return self.later(result) if isinstance(result, types.CoroutineType) else self.written(result)
 
-    async def later(self, coroutine):
+    async def later(self, coroutine: Awaitable[Any]) -> str:
         return self.written(await coroutine)
 
-    def written(self, result):
+    def written(self, result: Any) -> str:
         return _as_json(result) if self.is_json else str(result)
 
 
-def _as_json(value):
+def _as_json(value: Any) -> str:
     import json
     return json.dumps(value, ensure_ascii=False)
 
 
-def _call_limit(text):
+def _call_limit(text: str) -> list[CallLimit]:
     """Return the limits that `100/minute` stands for, or raise ValueError."""
     number, _, window = text.partition("/")
     try:
@@ -11105,7 +11379,7 @@ def _call_limit(text):
         raise ValueError(f"--limit {text}: {error}; write it as 100/minute, or 100/2.5 for seconds") from None
 
 
-def _numbered_lines(names):
+def _numbered_lines(names: list[Any]) -> Iterator[tuple[str | None, int, str]]:
     """Yield (file or None, number, the line without its end) for the files, or standard input."""
     for name in names or [None]:
         with open(0 if name is None else name, closefd=name is not None, errors="surrogateescape") as file:
@@ -11113,7 +11387,7 @@ def _numbered_lines(names):
                 yield name, number, line.rstrip("\n")
 
 
-def _count_lines(names):
+def _count_lines(names: list[str]) -> int | None:
     """Return how many lines there are in the files; None for standard input, and for what is no plain file."""
     if not names or not all(map(os.path.isfile, names)):
         return None
@@ -11137,14 +11411,15 @@ class _LineMap:
     Iterated it yields ((file, number), future) of each line, or (None, what reading the input raised).
     """
 
-    def __init__(self, pool, names, is_unordered):
+    def __init__(self, pool: Any, names: list[str], is_unordered: bool) -> None:
         self.pool, self.names, self.is_unordered = pool, names, is_unordered
         self.places = threading.Semaphore(_LINES_AHEAD * pool.max_workers)
-        self.came = queue.SimpleQueue()         # what is to be yielded; at the end how many that are in all
+        # what is to be yielded; at the end how many that are in all
+        self.came: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # On a thread of its own, for standard input may be slow.
         threading.Thread(target=self._submit_all, name="concurry lines", daemon=True).start()
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         seen, most = 0, math.inf
         while seen < most:
             item = self.came.get()
@@ -11155,7 +11430,7 @@ class _LineMap:
                 yield item
                 self.places.release()
 
-    def _submit_all(self):
+    def _submit_all(self) -> None:
         count = 0
         try:
             for *where, line in _numbered_lines(self.names):
@@ -11171,11 +11446,11 @@ class _LineMap:
             self._put(None, error)
         self.came.put(count)
 
-    def _put(self, where, future):
+    def _put(self, where: list[Any] | None, future: Any) -> None:
         self.came.put((where, future))
 
 
-def _print_results(lines, chosen):
+def _print_results(lines: _LineMap, chosen: Any) -> int:
     """Print what becomes of the lines; return the exit status."""
     status = 0
     beside = sys.stdout.isatty()                # then the bar has to make room for each result
@@ -11183,7 +11458,7 @@ def _print_results(lines, chosen):
     with ProgressBar(total=total, unit="lines", disable=not chosen.progress) as bar:
         aside = bar._screen.aside
 
-        def write(text):
+        def write(text: str) -> None:
             show = functools.partial(print, text, flush=True)
             aside(show) if beside else show()
         for where, future in lines:
@@ -11205,7 +11480,7 @@ def _print_results(lines, chosen):
     return status
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     logger.addHandler(logging.NullHandler())        # what happens to a line is told line by line
     parser, mapping = _arguments()
@@ -11225,6 +11500,7 @@ def main(argv=None):
         pool = _open(TaskWorker, given, (_ForLines(fn, chosen.json),), {}, sized=True)
     except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
         mapping.error(str(error))
+    stream: Any
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")        # names of files are bytes, and need not be text
     try:
@@ -11241,22 +11517,22 @@ def main(argv=None):
         return 0
 
 
-def _start_ray():
+def _start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, or make one of this machine: nobody else can have done it."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         return                          # the pool will say so
     if not ray.is_initialized():
         ray.init(logging_level="ERROR", log_to_driver=False)
 
 
-def _load_self():
+def _load_self() -> Any:
     """Return this module under its own name, though it runs as `__main__`."""
     name = os.path.splitext(os.path.basename(_FILE))[0]
     if name not in sys.modules:
         from importlib import util
-        spec = util.spec_from_file_location(name, _FILE)
+        spec: Any = util.spec_from_file_location(name, _FILE)
         sys.modules[name] = module = util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]
