@@ -70,9 +70,20 @@ import weakref
 # What only some users need (asyncio, pickle, socket, inspect, ...) is imported where it is used:
 # `import concurry` has to be cheap.
 
-# For type checkers, which take this for true: `import concurry` shall not import typing.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
+TYPE_CHECKING = False       # type checkers take it for true: `import concurry` shall not import typing
+if not TYPE_CHECKING:
+    P = T = None
+
+    class _Generic:
+        __class_getitem__ = classmethod(lambda cls, parameters: cls)
+
+    def _overload(fn):
+        return fn
+else:
+    import argparse
+    import asyncio
+    import selectors
+    import socket
     from collections.abc import (
         AsyncIterator, Awaitable, Callable, Collection, Container, Coroutine, Generator, Iterable, Iterator, Mapping,
         MutableMapping, Sequence)
@@ -84,14 +95,6 @@ if TYPE_CHECKING:
 
     P = ParamSpec("P")
     T = TypeVar("T")
-else:
-    P = T = None
-
-    class _Generic:
-        __class_getitem__ = classmethod(lambda cls, parameters: cls)
-
-    def _overload(fn):
-        return fn
 
 logger = logging.getLogger("concurry")
 
@@ -4355,10 +4358,10 @@ class _Backend:
             raise TypeError(f"thread_factory must return a threading.Thread, not {thread!r}")
         return thread
 
-    def submit(self, call):
+    def submit(self, call: _Call) -> None:
         """Take a call."""
 
-    def interruption(self, call, kill):
+    def interruption(self, call: _Call, kill: bool) -> Callable[[], Any] | None:
         """Return a function that ends this running call, at the cost of its worker with `kill`; None: there is none."""
 
     def finish(self) -> None:
@@ -4380,7 +4383,7 @@ class _Backend:
         return WorkerDiedError(f"{self.name} {why}, {when[started]}", self.name, call.method, started=started,
                                deaths=call.deaths)
 
-    def rest(self):
+    def rest(self) -> None:
         """Be told that a worker which may be there for a while only has nothing to do."""
         if self.is_spent:
             self.pool.dismiss(self)
@@ -4573,10 +4576,10 @@ class _ThreadBackend(_Backend):
         if _settle(call.future, _ERROR, self.overrun_error(call, what)):
             self.pool.replace(self)
 
-    def interruption(self, call, kill):
+    def interruption(self, call: _Call, kill: bool) -> Callable[[], Any] | None:
         return functools.partial(self.pool.replace, self) if kill else None
 
-    def give_up(self):
+    def give_up(self) -> list[_Call]:
         """Return the calls that have not begun; the thread ends when it can."""
         self.is_given_up = True
         calls = _taken_from(self.inbox)
@@ -4605,7 +4608,7 @@ class _ThreadBackend(_Backend):
                 self.thread = threading.current_thread()
         _settle(self.ended, _RESULT, None)
 
-    def _work(self):
+    def _work(self) -> bool:
         """Carry out calls until no more will come; return True before that if the worker is to be retired."""
         most = self.pool.options.max_tasks_per_worker
         for _ in itertools.count() if most is None else range(most):
@@ -4635,17 +4638,17 @@ class _OnDemandThreadBackend(_ThreadBackend):
     A TaskWorker has no state of the user's: it serves on, and the thread lingers for a moment.
     """
 
-    def start(self):
+    def start(self) -> None:
         super().start()
         if self.pool.options.max_tasks_per_worker is not None:
-            self.submit = self._count
+            self.submit = self._count   # type: ignore[method-assign]
 
-    def _count(self, call):
+    def _count(self, call: _Call) -> None:
         self.is_spent = self.total >= self.pool.options.max_tasks_per_worker
         self.tally.retired += self.is_spent
         self.inbox.put(call)
 
-    def _main(self):
+    def _main(self) -> None:
         _here.is_ours = True
         _show_name(self.name)
         _settle(self.started, _RESULT, None)
@@ -4669,7 +4672,7 @@ class _OnDemandThreadBackend(_ThreadBackend):
     def _keeps(self) -> bool:
         return self.pool.recipe.cls is TaskWorker
 
-    def rest(self):
+    def rest(self) -> None:
         if self.is_spent or not self._keeps():
             self.pool.dismiss(self)
 
@@ -4706,13 +4709,14 @@ class _AsyncioBackend(_Backend):
         import asyncio
         self.is_over = False
         self.is_woken = False                   # the loop knows that there is something in it
-        self.waits = set()                      # tasks that wait between attempts of plain methods
-        self.plain = queue.SimpleQueue()        # for the companion
-        self.held = collections.deque()         # where workers are retired: calls for the next object, ...
-        self.inside = {}                        # ... those for this one that have not ended, ...
-        self.left = self.pool.options.max_tasks_per_worker      # ... and how many more it may have
+        self.waits: set[Any] = set()            # tasks that wait between attempts of plain methods
+        self.plain: queue.SimpleQueue[Any] = queue.SimpleQueue()        # for the companion
+        # Where workers are retired: calls for the next object, those for this one that have not ended, ...
+        self.held: collections.deque[_Call] = collections.deque()
+        self.inside: dict[_Call, None] = {}
+        self.left: int | Any = self.pool.options.max_tasks_per_worker       # ... and how many more it may have
         if self.left is not None:
-            self.submit = self._hold
+            self.submit = self._hold    # type: ignore[method-assign]
         self.thread = self.make_thread(self._main, self.name)
         self.companion = self.make_thread(self._main_beside, self.name + "-plain")
         self.loop = asyncio.new_event_loop()
@@ -4730,11 +4734,11 @@ class _AsyncioBackend(_Backend):
         else:
             self.plain.put(call)
 
-    def _hold(self, call):
+    def _hold(self, call: _Call) -> None:
         self.held.append(call)
         self._let_in()
 
-    def _let_in(self, refused=()):
+    def _let_in(self, refused: object = None) -> None:
         """Send the calls on that this object may still have; for the one who places."""
         while self.held and self.left > 0:
             call = self.held[0]
@@ -4744,22 +4748,25 @@ class _AsyncioBackend(_Backend):
                 _attend(call.future, "_wakers", functools.partial(self._let_out, call))
                 type(self).submit(self, call)
             self.held.popleft()
-        self._let_out(None)
+        self._retire_if_due()
 
-    def _let_out(self, call, future=None):
+    def _let_out(self, call: _Call, future: BaseFuture[Any]) -> None:
         self.inside.pop(call, None)
+        self._retire_if_due()
+
+    def _retire_if_due(self) -> None:
         if self.left <= 0 and not self.inside and not self.is_over:
             try:
                 self.loop.call_soon_threadsafe(self._retire)
             except RuntimeError:                # it is closed: somebody else was quicker
                 pass
 
-    def _retire(self):
+    def _retire(self) -> None:
         """Have the loop end for another one to take its place; on the loop, perhaps more than once."""
         if self.left <= 0 and not self.inside:
             self.loop.stop()
 
-    def finish(self):
+    def finish(self) -> None:
         self.plain.put(None)
 
     def kill(self, why: str) -> None:
@@ -4768,25 +4775,25 @@ class _AsyncioBackend(_Backend):
         self._stop_loop()
         super().kill(why)
 
-    def interruption(self, call, kill):
+    def interruption(self, call: _Call, kill: bool) -> Callable[[], Any] | None:
         task = call.task
         if task:
             return functools.partial(self._interrupt, task)
         return self._replace_companion if kill else None
 
-    def _interrupt(self, task):
+    def _interrupt(self, task: asyncio.Task[Any]) -> None:
         try:
             task.get_loop().call_soon_threadsafe(task.cancel)
         except RuntimeError:        # it is closed, and the task cancelled by that
             pass
 
-    def overrun(self, call):
-        what = "it was cancelled" if call.task else "a thread cannot be killed, it is left to itself"
-        interrupt = self.interruption(call, True)
+    def overrun(self, call: _Call) -> None:
+        interrupt = self.interruption(call, False)
+        what = "it was cancelled" if interrupt else "a thread cannot be killed, it is left to itself"
         if _settle(call.future, _ERROR, self.overrun_error(call, what)):
-            interrupt()
+            (interrupt or self._replace_companion)()
 
-    def _replace_companion(self):
+    def _replace_companion(self) -> None:
         """Have the plain methods go on on another thread, which listens to the same queue: this one may never return."""
         logger.warning("%s: a plain method is given up, and its thread left to itself", self.name)
         self.tally.deaths += 1
@@ -4882,7 +4889,7 @@ class _AsyncioBackend(_Backend):
         finally:
             _settle(self.ended, _RESULT, None)
 
-    def _live(self):
+    def _live(self) -> None:
         """Serve on a loop until it is stopped, and close it."""
         import asyncio
         asyncio.set_event_loop(self.loop)
@@ -4900,7 +4907,7 @@ class _AsyncioBackend(_Backend):
         finally:
             _close_loop(self.loop)
 
-    async def _build_on_loop(self):
+    async def _build_on_loop(self) -> None:
         if not self.is_replacement:
             if not self._build(self.loop):
                 self._stop()
@@ -6149,7 +6156,7 @@ class _Process:
         except OSError:
             pass
 
-    def exitcode(self):
+    def exitcode(self) -> int | None:
         """Return the exit status, or minus the signal's number, or None when unknown.
 
         To be called when the sentinel has fired: a process that still runs is killed. It is
@@ -9709,7 +9716,7 @@ class _Pool:
             self.options.max_workers = max(1, size - len(failed))
             raise failed[0]
 
-    def _resize(self, size: int, added: list[_Backend], outcome: BaseFuture[list[_Backend]], refused: object) -> None:
+    def _resize(self, size: int, added: list[_Backend], outcome: BaseFuture[list[_Backend]], refused: Any) -> None:
         staying = self._usable()
         try:
             while len(staying) + len(added) < size and not self.on_demand and self.closed is None:
@@ -9727,7 +9734,7 @@ class _Pool:
                 self._dismiss(backend, refused)
         _settle(outcome, _RESULT, added)
 
-    def _choose_staying(self, backends: list[_Backend], room: float) -> _Backend | None:
+    def _choose_staying(self, backends: list[_Backend], room: float) -> Any:
         return self.balancer.choose(self._usable(), room)
 
     def _remove(self, backend: _Backend) -> None:
@@ -9878,7 +9885,7 @@ class _Pool:
         self._let_go()
         return True
 
-    def _end(self, is_first, timeout, why, join=True):
+    def _end(self, is_first: bool, timeout: float, why: str, join: bool = True) -> None:
         try:
             if join:
                 self._end_running(is_first, timeout, why)
@@ -9890,11 +9897,11 @@ class _Pool:
         finally:
             _settle(self.over, _RESULT, None)
 
-    def _kill_all(self, why):
+    def _kill_all(self, why: str) -> None:
         for backend in list(self.backends):
             backend.kill(why)
 
-    def _end_running(self, is_first, timeout, why):
+    def _end_running(self, is_first: bool, timeout: float, why: str) -> None:
         deadline = _deadline(timeout)
         mine = {_calling.get()}.union(*(backend.calls_here() for backend in self.backends))
         running = [call for call in list(self.calls) if call not in mine]       # whoever stops cannot wait for itself
@@ -11064,11 +11071,12 @@ class _Subprocess:
     """A function in an interpreter of its own, as `run_in_subprocess` returns it: like multiprocessing.Process."""
 
     def __init__(self, pool: _Pool, future: BaseFuture[Any]) -> None:
-        self._backend, self._future = pool.backends[0], future
+        self._backend: Any = pool.backends[0]
+        self._future = future
         self.name, self.pid = self._backend.name, self._backend.link.process.pid
 
     @property
-    def exitcode(self) -> int | None:
+    def exitcode(self) -> Any:
         """What the process returned: 0, 1 if the function raised, the code of its SystemExit; minus the number of the
         signal that ended it; None while it runs, or where it is not known.
         """
@@ -11130,10 +11138,11 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     future = pool.submit("submit", (_as_process, fn, args), kwargs)
     process = _Subprocess(pool, future)
     pool.finish()
-    if future.done() and isinstance(future.exception(), _pickle().PicklingError):
+    error = future.exception() if future.done() else None
+    if isinstance(error, _pickle().PicklingError):
         names, of = _call_parts(name, args, kwargs)         # as the user counts them
         _dumps((fn, args, kwargs), lambda: ({"the function": fn, **names}, of))
-        raise future.exception()
+        raise error
     return process
 
 
@@ -11204,9 +11213,9 @@ def serve(*handles: _Handle, timeout: float | None = None) -> NoReturn:
 
 def _finish_together(pools: list[_Pool], timeout: float | None, hurry: BaseFuture[int]) -> None:
     """Finish the pools, and stop them when the time is over or `hurry` is done."""
-    ends: set[BaseFuture[None]] = set()
+    ends: set[BaseFuture[Any]] = set()
     for pool in pools:
-        end: BaseFuture[None] = BaseFuture()
+        end: BaseFuture[Any] = BaseFuture()
         ends.add(end)
         threading.Thread(target=_finish_for, args=(pool, end), name=f"end of {pool.name}", daemon=True).start()
     deadline = _deadline(timeout)
@@ -11222,7 +11231,7 @@ def _finish_together(pools: list[_Pool], timeout: float | None, hurry: BaseFutur
             pool.join(None)
 
 
-def _finish_for(pool: _Pool, end: BaseFuture[None]) -> None:
+def _finish_for(pool: _Pool, end: BaseFuture[Any]) -> None:
     try:
         pool.shutdown()
     finally:
