@@ -6102,12 +6102,12 @@ class RecyclingOneModeTests(ProgramCase):
 
     def test_a_new_loop(self):
         loops = []
-        with self.start(Looped, mode="asyncio", max_tasks_per_worker=2) as worker:
+        with self.start(SeesItsLoop, mode="asyncio", max_tasks_per_worker=2) as worker:
             calls = [worker.see(loops) for _ in range(4)]
             gather(calls, timeout=SAFETY)
         self.assertEqual((loops[0] is loops[1], loops[1] is loops[2], loops[2] is loops[3]), (True, False, True))
         self.assertTrue(all(loop.is_closed() for loop in loops))
-        worker = self.start(Looped, mode="asyncio", max_tasks_per_worker=2)
+        worker = self.start(SeesItsLoop, mode="asyncio", max_tasks_per_worker=2)
         held = [worker.hold_on() for _ in range(5)]
         until(held[1].running)
         worker.stop(0)                  # those that are held back have not begun
@@ -6153,7 +6153,7 @@ class RecyclingOneModeTests(ProgramCase):
                     Counter.options(mode="process", **{option: value})
 
 
-class Looped(Worker):
+class SeesItsLoop(Worker):
     async def see(self, loops):
         loops.append(asyncio.get_running_loop())
 
