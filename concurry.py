@@ -1620,36 +1620,36 @@ class ProgressBar:
 
 # === Waiting ===
 
-def _deadline(timeout):
+def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + _number_of_seconds(timeout)
 
 
-def _number_of_seconds(timeout):
+def _number_of_seconds(timeout: object) -> float:
     if isinstance(timeout, (int, float)):
         return timeout
     raise TypeError(f"timeout must be a number of seconds, or None, not {timeout!r}")
 
 
-def _left(deadline):
+def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
-def _failed(future):
+def _failed(future: Any) -> bool:
     return _kind_of(future) is _ERROR
 
 
-def _has_no_result(future):
+def _has_no_result(future: Any) -> bool:
     return _kind_of(future) is not _RESULT
 
 
 class _Bell:
     """Wake one sleeper, a thread or a coroutine; from any thread. A ring that nobody hears yet is not lost."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = _held_lock()            # while there is nothing to wake for
-        self.wake_loop = None
+        self.wake_loop: Callable[[], object] | None = None
 
-    def wake(self):
+    def wake(self) -> bool | None:
         """Ring; return False if it had been rung already."""
         if not self.lock.locked():          # it is awake
             return False
@@ -1662,15 +1662,15 @@ class _Bell:
             wake_loop()
         return True
 
-    def sleep(self, timeout):
+    def sleep(self, timeout: float | None) -> None:
         """Wait until woken, at most `timeout` seconds."""
         _sleep_on(self.lock, timeout)
 
-    async def sleep_async(self, timeout):
+    async def sleep_async(self, timeout: float | None) -> None:
         """Wait until woken without blocking the running loop."""
         import asyncio
         loop = asyncio.get_running_loop()
-        woken = loop.create_future()
+        woken: Any = loop.create_future()
         self.wake_loop = lambda: loop.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
         if not self.lock.acquire(False):
             await asyncio.wait([woken], timeout=timeout)
@@ -1685,9 +1685,10 @@ class _Watch(_Bell):
     cost O(n). `finished` has them in the order in which they ended.
     """
 
-    def __init__(self, futures, enough=1, until=None, then=None):
+    def __init__(self, futures: Collection[Any], enough: int = 1, until: Callable[[Any], bool] | None = None,
+                 then: Callable[[], object] | None = None) -> None:
         super().__init__()
-        self.finished = collections.deque()
+        self.finished: collections.deque[Any] = collections.deque()
         self.until = until                  # a predicate: one such future is enough
         self.missing = itertools.count(enough - 1, -1)
         self.then = then                    # called once, by the future that is enough
@@ -1696,17 +1697,17 @@ class _Watch(_Bell):
         for future in futures:
             _when_done(future, tell)
 
-    def tell(self, future):
+    def tell(self, future: Any) -> None:
         self.finished.append(future)
         # Counted and compared in one step: two threads may be here at once.
         if next(self.missing) <= 0 or (self.until is not None and self.until(future)):
             self.wake()
 
-    def wake(self):
+    def wake(self) -> None:
         if super().wake() and self.then is not None:
             self.then()
 
-    def leave(self):
+    def leave(self) -> None:
         """Be forgotten by the futures that are not done."""
         if len(self.finished) < len(self.futures):
             for future in self.futures:
@@ -1717,22 +1718,22 @@ class _Watch(_Bell):
 class _Untracked:
     """What a wait tells of its futures where nobody wants to see how far it is."""
 
-    def add(self, future, count=1):
+    def add(self, future: Any, count: int = 1) -> None:
         """Be told of one more future that is waited for, and how many calls it stands for."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: Any) -> None:
         return None
 
 
 class _Tracked(_Untracked):
     """Move a bar as futures end; the end of the `with` ends the bar, if it is ours."""
 
-    def __init__(self, progress, total, futures):
+    def __init__(self, progress: Any, total: int | None, futures: Iterable[Any]) -> None:
         self.futures = futures              # looked at when it ends: who has not ended then forgets us
-        self.counts = {}                    # by future, where it stands for more than one call
+        self.counts: dict[Any, int] = {}    # by future, where it stands for more than one call
         self.is_ours = True
         if progress is True:
             self.bar = ProgressBar(total=total)
@@ -1751,17 +1752,17 @@ class _Tracked(_Untracked):
             raise TypeError(f"progress must be true or false, a dict of a ProgressBar's options, a ProgressBar or a "
                             f"function of (done, total, elapsed), not {progress!r}")
 
-    def add(self, future, count=1):
+    def add(self, future: Any, count: int = 1) -> None:
         if count > 1:
             self.counts[future] = count
         _when_done(future, self.tell)
 
-    def tell(self, future):
+    def tell(self, future: Any) -> None:
         kind, value = future._outcome if isinstance(future, BaseFuture) else _outcome_of(future)
         count = self.counts.pop(future, 1)
         self.bar._count(count, len(value.errors) if isinstance(value, _Outcomes) else count * (kind is _ERROR))
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: Any) -> None:
         for future in self.futures:
             if _is_future(future) and not future.done():
                 _forget_when_done(future, self.tell)
@@ -1772,17 +1773,18 @@ class _Tracked(_Untracked):
 _UNTRACKED = _Untracked()
 
 
-def _tracked(progress, total, futures):
+def _tracked(progress: Any, total: int | None, futures: Iterable[Any]) -> _Untracked:
     return _UNTRACKED if progress is None or progress is False else _Tracked(progress, total, futures)
 
 
-def _tracking(steps, progress, futures):
+def _tracking(steps: Generator[Any, None, Any], progress: Any, futures: Collection[Any]) -> Generator[Any, None, Any]:
     """Return the steps of waiting for the futures, with a bar that moves meanwhile if one is asked for."""
     tracked = _tracked(progress, len(futures), futures)
     return steps if tracked is _UNTRACKED else _tracked_steps(steps, tracked, futures)
 
 
-def _tracked_steps(steps, tracked, futures):
+def _tracked_steps(steps: Generator[Any, None, Any], tracked: _Untracked,
+                   futures: Iterable[Any]) -> Generator[Any, None, Any]:
     with tracked:
         for future in futures:
             tracked.add(future)
@@ -1792,7 +1794,7 @@ def _tracked_steps(steps, tracked, futures):
 # What is to be done while waiting is written once, as generators that yield a _Watch to sleep on;
 # one driver blocks, the other awaits.
 
-def _run(steps, timeout):
+def _run(steps: Generator[_Watch, None, Any], timeout: float | None) -> Any:
     deadline = _deadline(timeout)
     try:
         while True:
@@ -1803,7 +1805,7 @@ def _run(steps, timeout):
         steps.close()
 
 
-async def _run_async(steps, timeout):
+async def _run_async(steps: Generator[_Watch, None, Any], timeout: float | None) -> Any:
     deadline = _deadline(timeout)
     try:
         while True:
@@ -1814,13 +1816,13 @@ async def _run_async(steps, timeout):
         steps.close()
 
 
-def _several(fs):
+def _several(fs: Iterable[Any]) -> Iterable[Any]:
     if _is_collection(fs):
         return fs
     raise TypeError(f"a collection of futures is needed, not {fs!r}")
 
 
-def _check_waitable(future):
+def _check_waitable(future: Any) -> None:
     if not _is_future(future):
         raise TypeError(f"a future is needed, not {type(future).__name__}")
     if _is_foreign_future(future) and not future.done() and _in_own_loop(future):
@@ -1828,7 +1830,7 @@ def _check_waitable(future):
                            "await it, or use async_wait or async_gather")
 
 
-def _settled_of(futures, return_when):
+def _settled_of(futures: set[Any], return_when: str) -> Generator[_Watch, None, Any]:
     """Wait for enough of the futures; return (done, not done)."""
     done = {future for future in futures if future.done()}
     first, until = return_when == FIRST_COMPLETED, _failed if return_when == FIRST_EXCEPTION else None
@@ -1843,7 +1845,32 @@ def _settled_of(futures, return_when):
     return concurrent.futures._base.DoneAndNotDoneFutures(done, futures - done)
 
 
-def wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=None):
+if TYPE_CHECKING:
+    F = TypeVar("F", bound=concurrent.futures.Future[Any])
+    # No future: a dict is no collection of its keys.
+    K = TypeVar("K", bound=Union[str, bytes, float, tuple[Any, ...], enum.Enum])
+    _Progress: TypeAlias = Union[
+        bool, dict[str, Any], "ProgressBar", Callable[[int, Optional[int], float], object], None]
+    # Of a dict the values: its type takes no subclasses of them.
+    _Dict: TypeAlias = Union[dict[K, "BaseFuture[T]"], dict[K, concurrent.futures.Future[T]]]
+    _Awaited: TypeAlias = Union[Awaitable[T], concurrent.futures.Future[T]]
+    _AwaitedDict: TypeAlias = Union[
+        dict[K, "BaseFuture[T]"], dict[K, concurrent.futures.Future[T]], dict[K, Coroutine[Any, Any, T]],
+        dict[K, Awaitable[T]]]
+
+    class _DoneAndNotDone(tuple[set[T], set[T]]):       # a named tuple
+        done: set[T]
+        not_done: set[T]
+
+
+@_overload
+def wait(fs: Iterable[F], timeout: float | None = ..., return_when: ReturnWhen | str = ..., *,
+         progress: _Progress = ...) -> _DoneAndNotDone[F]: ...
+@_overload
+def wait(fs: Iterable[Any], timeout: float | None = ..., return_when: ReturnWhen | str = ..., *,
+         progress: _Progress = ...) -> _DoneAndNotDone[Any]: ...
+def wait(fs: Iterable[Any], timeout: float | None = None, return_when: ReturnWhen | str = ALL_COMPLETED, *,
+         progress: _Progress = None) -> Any:
     """Wait until the futures are done, or the first of them, or the first that raised.
 
     `fs` holds futures of any kind; `timeout` is in seconds, None: for ever. Returns the named tuple
@@ -1863,7 +1890,14 @@ def wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=None):
     return _run(_tracking(_settled_of(fs, ReturnWhen(return_when)), progress, fs), timeout)
 
 
-async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=None):
+@_overload
+async def async_wait(fs: Iterable[F], timeout: float | None = ..., return_when: ReturnWhen | str = ..., *,
+                     progress: _Progress = ...) -> _DoneAndNotDone[F]: ...
+@_overload
+async def async_wait(fs: Iterable[Any], timeout: float | None = ..., return_when: ReturnWhen | str = ..., *,
+                     progress: _Progress = ...) -> _DoneAndNotDone[Any]: ...
+async def async_wait(fs: Iterable[Any], timeout: float | None = None, return_when: ReturnWhen | str = ALL_COMPLETED, *,
+                     progress: _Progress = None) -> Any:
     """Do what `wait` does without blocking the event loop; `fs` may hold coroutines too.
 
     A coroutine is run as a task, and the task is in the sets.
@@ -1875,7 +1909,7 @@ async def async_wait(fs, timeout=None, return_when=ALL_COMPLETED, *, progress=No
     return await _run_async(_tracking(_settled_of(fs, ReturnWhen(return_when)), progress, fs), timeout)
 
 
-def _as_future(x):
+def _as_future(x: Any) -> Any:
     """Make a task of a coroutine; return anything else as it is."""
     if isinstance(x, collections.abc.Coroutine):
         import asyncio
@@ -1883,7 +1917,7 @@ def _as_future(x):
     return x
 
 
-def _as_they_finish(futures):
+def _as_they_finish(futures: Iterable[Any]) -> Iterator[Any]:
     """Yield the futures as they finish, and a _Watch whenever there is none to yield."""
     pending = []
     for future in futures:
@@ -1901,7 +1935,7 @@ def _as_they_finish(futures):
         watch.leave()
 
 
-def _left_of(timeout, deadline):
+def _left_of(timeout: float | None, deadline: float | None) -> float | None:
     """Return the seconds that are left to sleep; TimeoutError if there are none."""
     left = _left(deadline)
     if left == 0:
@@ -1909,7 +1943,7 @@ def _left_of(timeout, deadline):
     return left
 
 
-def _finished(steps, timeout, deadline):
+def _finished(steps: Iterable[Any], timeout: float | None, deadline: float | None) -> Iterator[Any]:
     """Yield the steps that are no _Watch, and sleep on those that are one."""
     for step in steps:
         if isinstance(step, _Watch):
@@ -1918,7 +1952,8 @@ def _finished(steps, timeout, deadline):
             yield step
 
 
-async def _finished_async(steps, timeout, deadline):
+async def _finished_async(steps: Iterable[Any], timeout: float | None,
+                          deadline: float | None) -> AsyncIterator[Any]:
     for step in steps:
         if isinstance(step, _Watch):
             await step.sleep_async(_left_of(timeout, deadline))
@@ -1926,7 +1961,11 @@ async def _finished_async(steps, timeout, deadline):
             yield step
 
 
-def as_completed(fs, timeout=None):
+@_overload
+def as_completed(fs: Iterable[F], timeout: float | None = ...) -> Iterator[F]: ...
+@_overload
+def as_completed(fs: Iterable[Any], timeout: float | None = ...) -> Iterator[Any]: ...
+def as_completed(fs: Iterable[Any], timeout: float | None = None) -> Iterator[Any]:
     """Yield the futures as they finish, each once, done ones first.
 
     TimeoutError when something is still missing `timeout` seconds after the call (None: never).
@@ -1940,21 +1979,23 @@ def as_completed(fs, timeout=None):
 class _Gathering:
     """What was given to `gather`: a dict, a collection or several arguments, with futures in it."""
 
-    def __init__(self, given, return_exceptions, recurse):
+    nested: Any
+
+    def __init__(self, given: Any, return_exceptions: bool, recurse: bool) -> None:
         if len(given) == 1 and _is_collection(given[0]):
             given = given[0]
-        self.keys = list(given) if isinstance(given, dict) else None
+        self.keys: list[Any] | None = list(given) if isinstance(given, dict) else None
         self.values = _wrap_refs(given.values() if isinstance(given, dict) else given)
         self.return_exceptions = return_exceptions
         self.recurse = recurse
 
-    def find(self):
+    def find(self) -> Self:
         """Find the futures; to be called when coroutines have become tasks."""
         self.nested = _Nested(self.values) if self.recurse else None
         self.futures = self.nested.futures if self.recurse else list(dict.fromkeys(filter(_is_future, self.values)))
         return self
 
-    def value_of(self, future):
+    def value_of(self, future: Any) -> Any:
         """Return the future's result, or raise (or return) what it ended with."""
         kind, value = _outcome_of(future)
         if kind is _RESULT:
@@ -1967,7 +2008,7 @@ class _Gathering:
         finally:
             del error, value, future        # no cycle through the traceback
 
-    def collect(self, timeout):
+    def collect(self, timeout: float | None) -> Generator[_Watch, None, Any]:
         """Wait for everything, or the first failure; return the results in the shape that was given."""
         pending = [future for future in self.futures if not future.done()]
         if pending:
@@ -1989,7 +2030,7 @@ class _Gathering:
                 [self.value_of(x) if _is_future(x) else x for x in self.values]
         return self.shaped(values)
 
-    def results_there(self):
+    def results_there(self) -> list[Any] | None:
         """Return the results if all are futures of ours that have one, else None: ten times quicker than one by one."""
         values = []
         for x in () if self.recurse else self.values:
@@ -2001,17 +2042,17 @@ class _Gathering:
             values.append(outcome[1])
         return values or None
 
-    def shaped(self, values):
+    def shaped(self, values: list[Any]) -> list[Any] | dict[Any, Any]:
         return values if self.keys is None else dict(zip(self.keys, values))
 
-    def raise_first(self, done):
+    def raise_first(self, done: Iterable[Any]) -> None:
         for future in done:
             if _has_no_result(future):
                 self.value_of(future)
 
-    def pairs(self):
+    def pairs(self) -> Generator[Any, None, None]:
         """Yield (index or key, value) as the futures finish, plain values first, and what to wait for."""
-        places = {}
+        places: dict[Any, list[Any]] = {}
         for key, x in zip(itertools.count() if self.keys is None else self.keys, self.values):
             if _is_future(x):
                 places.setdefault(x, []).append(key)
@@ -2026,12 +2067,59 @@ class _Gathering:
                     yield key, value
 
 
-def _is_collection(x):
+def _is_collection(x: object) -> bool:
     is_text = isinstance(x, (str, bytes, bytearray))
     return isinstance(x, collections.abc.Iterable) and not is_text and not _is_future(x)
 
 
-def gather(*fs, return_exceptions=False, iter=False, timeout=None, progress=None, recurse=False):
+@_overload
+def gather(fs: _Dict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+           timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> dict[K, T]: ...
+@_overload
+def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: Literal[False] = ...,
+           iter: Literal[False] = ..., timeout: float | None = ..., progress: _Progress = ...,
+           recurse: bool = ...) -> list[T]: ...
+@_overload
+def gather(*fs: concurrent.futures.Future[T], return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+           timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> list[T]: ...
+@_overload
+def gather(fs: _Dict[K, T], /, *, return_exceptions: bool, iter: Literal[False] = ..., timeout: float | None = ...,
+           progress: _Progress = ..., recurse: bool = ...) -> dict[K, T | BaseException]: ...
+@_overload
+def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: bool, iter: Literal[False] = ...,
+           timeout: float | None = ..., progress: _Progress = ...,
+           recurse: bool = ...) -> list[T | BaseException]: ...
+@_overload
+def gather(*fs: concurrent.futures.Future[T], return_exceptions: bool, iter: Literal[False] = ...,
+           timeout: float | None = ..., progress: _Progress = ...,
+           recurse: bool = ...) -> list[T | BaseException]: ...
+@_overload
+def gather(fs: _Dict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
+           timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> Iterator[tuple[K, T]]: ...
+@_overload
+def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: Literal[False] = ...,
+           iter: Literal[True], timeout: float | None = ..., progress: _Progress = ...,
+           recurse: bool = ...) -> Iterator[tuple[int, T]]: ...
+@_overload
+def gather(*fs: concurrent.futures.Future[T], return_exceptions: Literal[False] = ..., iter: Literal[True],
+           timeout: float | None = ..., progress: _Progress = ...,
+           recurse: bool = ...) -> Iterator[tuple[int, T]]: ...
+@_overload
+def gather(fs: _Dict[K, T], /, *, return_exceptions: bool, iter: Literal[True], timeout: float | None = ...,
+           progress: _Progress = ..., recurse: bool = ...) -> Iterator[tuple[K, T | BaseException]]: ...
+@_overload
+def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: bool, iter: Literal[True],
+           timeout: float | None = ..., progress: _Progress = ...,
+           recurse: bool = ...) -> Iterator[tuple[int, T | BaseException]]: ...
+@_overload
+def gather(*fs: concurrent.futures.Future[T], return_exceptions: bool, iter: Literal[True],
+           timeout: float | None = ..., progress: _Progress = ...,
+           recurse: bool = ...) -> Iterator[tuple[int, T | BaseException]]: ...
+@_overload
+def gather(*fs: Any, return_exceptions: bool = ..., iter: bool = ..., timeout: float | None = ...,
+           progress: _Progress = ..., recurse: bool = ...) -> Any: ...
+def gather(*fs: Any, return_exceptions: bool = False, iter: bool = False, timeout: float | None = None,
+           progress: _Progress = None, recurse: bool = False) -> Any:
     """Wait for the results: of several futures, or of one collection, dict or generator of them.
 
     Returns a list in the order given, for a dict a dict; what is no future is its own result. With
@@ -2054,7 +2142,57 @@ def gather(*fs, return_exceptions=False, iter=False, timeout=None, progress=None
     return _finished(steps, timeout, _deadline(timeout)) if iter else _run(steps, timeout)
 
 
-def async_gather(*fs, return_exceptions=False, iter=False, timeout=None, progress=None, recurse=False):
+@_overload
+def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> Coroutine[Any, Any, dict[K, T]]: ...
+@_overload
+def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> Coroutine[Any, Any, list[T]]: ...
+@_overload
+def async_gather(*fs: _Awaited[T], return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> Coroutine[Any, Any, list[T]]: ...
+@_overload
+def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: bool, iter: Literal[False] = ...,
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> Coroutine[Any, Any, dict[K, T | BaseException]]: ...
+@_overload
+def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: bool, iter: Literal[False] = ...,
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> Coroutine[Any, Any, list[T | BaseException]]: ...
+@_overload
+def async_gather(*fs: _Awaited[T], return_exceptions: bool, iter: Literal[False] = ..., timeout: float | None = ...,
+                 progress: _Progress = ..., recurse: bool = ...) -> Coroutine[Any, Any, list[T | BaseException]]: ...
+@_overload
+def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> AsyncIterator[tuple[K, T]]: ...
+@_overload
+def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> AsyncIterator[tuple[int, T]]: ...
+@_overload
+def async_gather(*fs: _Awaited[T], return_exceptions: Literal[False] = ..., iter: Literal[True],
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> AsyncIterator[tuple[int, T]]: ...
+@_overload
+def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: bool, iter: Literal[True],
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> AsyncIterator[tuple[K, T | BaseException]]: ...
+@_overload
+def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: bool, iter: Literal[True],
+                 timeout: float | None = ..., progress: _Progress = ...,
+                 recurse: bool = ...) -> AsyncIterator[tuple[int, T | BaseException]]: ...
+@_overload
+def async_gather(*fs: _Awaited[T], return_exceptions: bool, iter: Literal[True], timeout: float | None = ...,
+                 progress: _Progress = ..., recurse: bool = ...) -> AsyncIterator[tuple[int, T | BaseException]]: ...
+@_overload
+def async_gather(*fs: Any, return_exceptions: bool = ..., iter: bool = ..., timeout: float | None = ...,
+                 progress: _Progress = ..., recurse: bool = ...) -> Any: ...
+def async_gather(*fs: Any, return_exceptions: bool = False, iter: bool = False, timeout: float | None = None,
+                 progress: _Progress = None, recurse: bool = False) -> Any:
     """Do what `gather` does without blocking the event loop: to be awaited, or with `iter` for `async for`.
 
     Takes coroutines too, and runs them as tasks.
@@ -2073,24 +2211,24 @@ _PLAIN = frozenset([int, float, complex, bool, str, bytes, bytearray, type(None)
 _CONTAINERS = frozenset([list, tuple, set, frozenset, dict])
 
 
-def _is_container_type(kind):
+def _is_container_type(kind: type) -> bool:
     return kind in _CONTAINERS or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
-def _is_future_type(kind):
+def _is_future_type(kind: type) -> bool:
     return issubclass(kind, concurrent.futures.Future) or _is_ref(kind) \
         or getattr(kind, "_asyncio_future_blocking", None) is not None
 
 
-def _is_looked_into(kind):
+def _is_looked_into(kind: type) -> bool:
     return _is_container_type(kind) or _is_future_type(kind)
 
 
-def _elements(container):
+def _elements(container: Any) -> Iterable[Any]:
     return container.values() if type(container) is dict else container
 
 
-def _may_hold_futures(args, kwargs):
+def _may_hold_futures(args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
     """Tell quickly that there is nothing to look into."""
     for x in args:
         if type(x) not in _PLAIN and _is_looked_into(type(x)):
@@ -2105,12 +2243,12 @@ class _Nested:
     what holds no future nothing is kept and nothing is copied.
     """
 
-    def __init__(self, root):
+    def __init__(self, root: Any) -> None:
         self.root = root
-        self.futures = []                   # each once; an ObjectRef as a future of ours
-        self._found = {}                    # by id: what was found where it stands
-        self._holders = {}                  # id of what holds a future somewhere -> itself
-        homes = {}                          # id of a future or container -> the containers it stands in
+        self.futures: list[Any] = []        # each once; an ObjectRef as a future of ours
+        self._found: dict[int, Any] = {}    # by id: what was found where it stands
+        self._holders: dict[int, Any] = {}  # id of what holds a future somewhere -> itself
+        homes: dict[int, list[Any]] = {}    # id of a future or container -> the containers it stands in
         seen, todo = {id(root)}, [root]
         while todo:
             container = todo.pop()
@@ -2134,7 +2272,7 @@ class _Nested:
                     self._holders[id(home)] = home
                     todo.append(home)
 
-    def rebuilt(self, value_of):
+    def rebuilt(self, value_of: Callable[[Any], Any]) -> Any:
         """Return the root with `value_of(future)` in each future's place; shared parts stay shared."""
         new = {number: value_of(future) for number, future in zip(self._found, self.futures)}
         growing = [x for x in self._holders.values() if type(x) in (list, dict)]
@@ -2162,7 +2300,7 @@ class _Nested:
 
 # === Retries ===
 
-_LEFT_OUT = object()
+_LEFT_OUT: Any = object()
 _RUN = object()                 # what a retry loop yields to have the call made once
 
 
@@ -2173,13 +2311,13 @@ class RetryValidationError(RuntimeError):
     what was wrong with each of these, in words, `method_name` the method.
     """
 
-    def __init__(self, attempts, all_results, validation_errors, method_name):
+    def __init__(self, attempts: int, all_results: list[Any], validation_errors: list[str], method_name: str) -> None:
         super().__init__(f"none of {attempts} attempts of {method_name}() had a valid result: "
                          f"{', '.join(validation_errors[-1:])}")
         self.attempts, self.all_results = attempts, all_results
         self.validation_errors, self.method_name = validation_errors, method_name
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.attempts, self.all_results, self.validation_errors, self.method_name)
 
 
@@ -2202,35 +2340,42 @@ class RetryConfig:             # noqa: PLW1641
     "*" for the others. An option that is given beside the object wins. Raises ValueError for impossible values.
     """
 
-    def __init__(self, num_retries=_LEFT_OUT, retry_on=_LEFT_OUT, retry_algorithm=_LEFT_OUT, retry_wait=_LEFT_OUT,
-                 retry_max_wait=_LEFT_OUT, retry_jitter=_LEFT_OUT, retry_until=_LEFT_OUT):
+    def __init__(self, num_retries: int | dict[str, int] = _LEFT_OUT,
+                 retry_on: type[BaseException] | Callable[..., Any]
+                 | Sequence[type[BaseException] | Callable[..., Any]] | dict[str, Any] = _LEFT_OUT,
+                 retry_algorithm: RetryAlgorithm | str | dict[str, Any] = _LEFT_OUT,
+                 retry_wait: float | dict[str, float] | dict[str, int] = _LEFT_OUT,
+                 retry_max_wait: float = _LEFT_OUT,
+                 retry_jitter: float | dict[str, float] | dict[str, int] = _LEFT_OUT,
+                 retry_until: Callable[..., Any] | Sequence[Callable[..., Any]] | dict[str, Any] | None = _LEFT_OUT,
+                 ) -> None:
         given = {name: value for name, value in locals().items() if name in _RETRY_OPTIONS and value is not _LEFT_OUT}
         self.__dict__.update({name: _parse(name, value) for name, value in given.items()})
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name!r} cannot be set: make another RetryConfig")
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"RetryConfig({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
-def _read_config(value):
+def _read_config(value: object) -> RetryConfig | None:
     if value is not None and not isinstance(value, RetryConfig):
         raise ValueError
     return value
 
 
-def _accepting(fn, first, others):
+def _accepting(fn: Callable[..., Any], first: str, others: Collection[str]) -> Callable[[dict[str, Any]], Any]:
     """Return ask(values): `fn` called with `values[first]` first, and by name with what it accepts of the others."""
     import inspect
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):         # a builtin that does not tell
         return lambda values: fn(values[first])
-    bound = fn.keywords if isinstance(fn, functools.partial) else ()
+    bound: Collection[str] = fn.keywords if isinstance(fn, functools.partial) else ()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = [parameter.name for parameter in parameters
              if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
@@ -2241,15 +2386,15 @@ def _accepting(fn, first, others):
     wanted = {name for name in (first, *others) if takes_all or name in names} - set(bound)
     if by_name:
         return lambda values: fn(**{name: values[name] for name in wanted})
-    wanted -= {first, in_front.name}
+    wanted -= {first, in_front.name}  # type: ignore[union-attr]
     return lambda values: fn(values[first], **{name: values[name] for name in wanted})
 
 
-def _several_of(value):
+def _several_of(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _read_filters(value):
+def _read_filters(value: Any) -> list[Any]:
     """Read `retry_on`: exception classes and callables."""
     filters = _several_of(value)
     for each in filters:
@@ -2260,7 +2405,7 @@ def _read_filters(value):
     return filters
 
 
-def _read_validators(value):
+def _read_validators(value: Any) -> list[Any] | None:
     """Read `retry_until`: None, or callables."""
     if value is None:
         return None
@@ -2273,18 +2418,18 @@ def _read_validators(value):
     return validators
 
 
-def _own_error(error):
+def _own_error(error: Any) -> Any:
     """Mark an error as misuse of this module: to try again would be of no use."""
     error._is_misuse = True
     return error
 
 
-def _is_misuse(error):
+def _is_misuse(error: BaseException) -> bool:
     pickle = sys.modules.get("pickle")
     return getattr(error, "_is_misuse", False) or pickle is not None and isinstance(error, pickle.PicklingError)
 
 
-def _seconds_in(value):
+def _seconds_in(value: object) -> float | None:
     """Return a wait that an exception or a filter asks for, or None."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e15:
         return float(value)
@@ -2292,20 +2437,21 @@ def _seconds_in(value):
 
 
 @functools.lru_cache(None)
-def _dice():
+def _dice() -> Any:
     # The system's: workers that are forked would all throw the same numbers, and come again together.
     import random
     return random.SystemRandom()
 
 
 # The attempt that this code is part of. An exception that a call within it has given up on has it as a mark.
-_attempt_here = contextvars.ContextVar("concurry_attempt", default=None)
+_attempt_here: contextvars.ContextVar[Any] = contextvars.ContextVar("concurry_attempt", default=None)
 
 
 class _Retries:
     """How often, after what, and after how long the calls of a method are made again."""
 
-    def __init__(self, num_retries, retry_on, retry_algorithm, retry_wait, retry_max_wait, retry_jitter, retry_until):
+    def __init__(self, num_retries: int, retry_on: list[Any], retry_algorithm: RetryAlgorithm, retry_wait: float,
+                 retry_max_wait: float, retry_jitter: float, retry_until: list[Any] | None) -> None:
         self.most = num_retries + 1
         self.classes = tuple(each for each in retry_on if isinstance(each, type))
         names = "attempt", "elapsed_time", "method_name", "worker_class", "args", "kwargs"
@@ -2314,12 +2460,16 @@ class _Retries:
         self.factor, self.wait = _BACKOFFS[retry_algorithm], retry_wait
         self.max_wait, self.jitter = retry_max_wait, retry_jitter
 
-    def attempts(self, method, worker_class, args, kwargs, clock=time.monotonic):
+    def attempts(self, method: str, worker_class: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None,
+                 clock: Callable[[], float] = time.monotonic) -> Generator[Any, Any, tuple[str, Any]]:
         """Make a call until it is right: a loop that others drive.
 
         It yields _RUN, and is sent what the call came to, (kind, value); or seconds to wait, and is sent whether that
         was cut short. It returns what the call came to in the end.
         """
+        results: list[Any]
+        invalid: list[Any]
+        attempt, again, here, kind, value = 0, False, None, _ERROR, None     # of the latest attempt
         began, results, invalid, earlier, around = clock(), [], [], None, _attempt_here.get()
         for attempt in itertools.count(1):
             here = object()
@@ -2358,7 +2508,8 @@ class _Retries:
             _set(value, "__notes__", [*vars(value).get("__notes__", ()), note])
         return kind, value
 
-    def _judge(self, kind, value, values, here):
+    def _judge(self, kind: str, value: Any, values: dict[str, Any],
+               here: object) -> tuple[bool, float | None, str | None]:
         """Tell whether an outcome calls for another attempt, how many seconds it asks for, or None, and why."""
         try:
             if kind is _RESULT:
@@ -2371,7 +2522,7 @@ class _Retries:
             logger.exception("%s() is not tried again, for to find out whether to raised this", values["method_name"])
             return False, None, None
 
-    def _wants_again(self, error, values, here):
+    def _wants_again(self, error: BaseException, values: dict[str, Any], here: object) -> tuple[bool, float | None]:
         asyncio = sys.modules.get("asyncio")
         never = (KeyboardInterrupt, SystemExit, GeneratorExit, concurrent.futures.CancelledError,
                  *((asyncio.CancelledError,) if asyncio else ()))
@@ -2393,7 +2544,7 @@ class _Retries:
                 return True, least
         return False, None
 
-    def _what_is_wrong(self, result, values):
+    def _what_is_wrong(self, result: Any, values: dict[str, Any]) -> str | None:
         """Return what a validator has against a result, in words; None if nothing is wrong."""
         for validator, ask in self.validators:
             name = getattr(validator, "__name__", None) or _shown(validator)
@@ -2404,7 +2555,7 @@ class _Retries:
                 return f"{name} raised {type(error).__name__}: {error}"
         return None
 
-    def delay(self, attempt, least=None):
+    def delay(self, attempt: int, least: float | None = None) -> Any:
         """Return the seconds to wait after an attempt, the first is 1; `least` is what was asked for, if it was."""
         if least is not None:
             return least + _dice().uniform(0, least * 0.1)
@@ -2413,7 +2564,7 @@ class _Retries:
         return wait * (1 - self.jitter) + _dice().uniform(0, wait) * self.jitter
 
 
-def _shown(value):
+def _shown(value: object) -> str:
     """Return a short repr, whatever the value does."""
     import reprlib
     try:
@@ -2422,14 +2573,14 @@ def _shown(value):
         return f"<{type(value).__name__} that cannot be shown>"
 
 
-def _fibonacci(n):
+def _fibonacci(n: int) -> float:
     a, b = 1.0, 1.0
     for _ in range(min(n, 1000) - 1):
         a, b = b, a + b
     return a
 
 
-_BACKOFFS = {
+_BACKOFFS: dict[RetryAlgorithm, Callable[[int], float]] = {
     RetryAlgorithm.Exponential: lambda attempt: 2.0 ** min(attempt - 1, 1000),
     RetryAlgorithm.Linear: float,
     RetryAlgorithm.Fibonacci: _fibonacci,
@@ -2437,20 +2588,22 @@ _BACKOFFS = {
 }
 
 
-def _remember(error, earlier):
+def _remember(error: BaseException, earlier: BaseException) -> None:
     """Have the exception of an earlier attempt reachable from a later one, as its context."""
     later, before = _with_contexts(error), _with_contexts(earlier)
     if not set(map(id, later)) & set(map(id, before)):      # else the same exception was raised again
         _set(later[-1], "__context__", earlier)
 
 
-def _set(error, name, value):
+def _set(error: Any, name: str, value: object) -> None:
     """Set an attribute of an exception, though it may be frozen."""
     BaseException.__setattr__(error, name, value)
 
 
-def _with_contexts(error):
+def _with_contexts(error: BaseException | None) -> list[BaseException]:
     """Return an exception and those before it, each once though they may be a circle."""
+    found: list[BaseException]
+    seen: set[int]
     found, seen = [], set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -2462,18 +2615,18 @@ def _with_contexts(error):
 class _Halt:
     """What cuts the waits of a worker short: once set, nothing is tried again."""
 
-    def __init__(self, before_waiting=None):
+    def __init__(self, before_waiting: Callable[[], object] | None = None) -> None:
         self.is_set = False
         self.retried = 0            # how often somebody has waited for his next attempt
-        self.bells = set()
+        self.bells: set[_Bell] = set()
         self.before_waiting = before_waiting
 
-    def set(self):
+    def set(self) -> None:
         self.is_set = True
         for bell in list(self.bells):
             bell.wake()
 
-    def pause(self, seconds):
+    def pause(self, seconds: float) -> bool:
         """Sleep; return whether that was cut short."""
         bell = self._bell()
         try:
@@ -2484,7 +2637,7 @@ class _Halt:
             self.bells.discard(bell)
         return self.is_set
 
-    async def pause_async(self, seconds):
+    async def pause_async(self, seconds: float) -> bool:
         """Do the same without blocking the running loop."""
         bell = self._bell()
         try:
@@ -2494,7 +2647,7 @@ class _Halt:
             self.bells.discard(bell)
         return self.is_set
 
-    def _bell(self):
+    def _bell(self) -> _Bell:
         self.retried += 1
         if self.before_waiting is not None:
             self.before_waiting()
@@ -2503,34 +2656,37 @@ class _Halt:
         return bell
 
 
-def _resumed(steps, outcome):
+def _resumed(steps: Generator[Any, Any, tuple[str, Any]],
+             outcome: tuple[str, Any]) -> Generator[Any, Any, tuple[str, Any]]:
     """Go on with a retry loop that has been sent nothing yet for its last _RUN."""
     try:
         step = steps.send(outcome)
         while True:
             step = steps.send((yield step))
     except StopIteration as end:
-        return end.value
+        return end.value  # type: ignore[no-any-return]
 
 
-def _drive(steps, run, halt):
+def _drive(steps: Generator[Any, Any, tuple[str, Any]], run: Callable[[], tuple[str, Any]],
+           halt: _Halt) -> tuple[str, Any]:
     """Drive a retry loop in this thread; `run()` makes the call."""
     try:
         step = next(steps)
         while True:
             step = steps.send(run() if step is _RUN else halt.pause(step))
     except StopIteration as end:
-        return end.value
+        return end.value  # type: ignore[no-any-return]
 
 
-async def _drive_async(steps, run, halt):
+async def _drive_async(steps: Generator[Any, Any, tuple[str, Any]], run: Callable[[], Awaitable[tuple[str, Any]]],
+                       halt: _Halt) -> tuple[str, Any]:
     """Drive a retry loop on an event loop; `run()` is awaited."""
     try:
         step = next(steps)
         while True:
             step = steps.send(await run() if step is _RUN else await halt.pause_async(step))
     except StopIteration as end:
-        return end.value
+        return end.value  # type: ignore[no-any-return]
 
 
 # === Rate arithmetic ===
@@ -2548,42 +2704,42 @@ _NEVER = math.inf               # a delay: until something is given back
 class _Rate:
     """An amount per window. One of these is the state of one limit."""
 
-    granted = 0                     # all that was ever taken
+    granted: float = 0              # all that was ever taken
 
-    def __init__(self, capacity, window):
+    def __init__(self, capacity: float, window: int) -> None:
         self.capacity = capacity
         self.window = window                # nanoseconds
         self.slack = capacity * 1e-12
 
-    def is_rounding(self, excess):
+    def is_rounding(self, excess: float) -> bool:
         """Tell whether an amount beyond the capacity comes from the rounding of fractions alone."""
         return type(excess) is float and excess <= self.slack
 
-    def delay(self, n, now):
+    def delay(self, n: float, now: int) -> float:  # type: ignore[empty-body]
         """Return 0 if n more may be used now, else after how many nanoseconds that may be."""
 
-    def take(self, n, now):
+    def take(self, n: float, now: int) -> Any:
         """Count n as used, be there room or not; return what `give` and `close` know this grant by.
 
         To be called after `delay`, with the same `now`.
         """
 
-    def give(self, grant, n, now):
+    def give(self, grant: Any, n: float, now: int) -> None:
         """Take n of a grant back that were not used after all."""
 
-    def close(self, grant):
+    def close(self, grant: Any) -> None:
         """Be told that nothing of this grant will be given back any more."""
 
-    def used(self, now):
+    def used(self, now: int) -> float:  # type: ignore[empty-body]
         """Return how much counts as used."""
 
-    def recount(self):
+    def recount(self) -> None:
         """Make the sums anew: an exception may have come between two of them."""
 
-    def hold(self, n):
+    def hold(self, n: float) -> None:
         """Count n that are held again after `recount`, where it is not known what is."""
 
-    def room(self, now):
+    def room(self, now: int) -> float:
         """Return how much could be taken now."""
         return min(self.capacity, max(0, self.capacity - self.used(now)))
 
@@ -2595,16 +2751,16 @@ class _SlidingWindow(_Rate):
     Source: known as the sliding window log. Memory: one entry a grant of the last window.
     """
 
-    def __init__(self, capacity, window):
+    def __init__(self, capacity: float, window: int) -> None:
         super().__init__(capacity, window)
         self.clear()
 
-    def clear(self):
-        self.log = []           # [sum of all amounts so far, time, amount], a grant each, in order
-        self.first = 0          # of those that still count
-        self.total = 0          # of those
+    def clear(self) -> None:
+        self.log: list[list[float]] = []        # [sum of all amounts so far, time, amount], a grant each, in order
+        self.first = 0                          # of those that still count
+        self.total: float = 0                   # of those
 
-    def forget(self, now):
+    def forget(self, now: int) -> None:
         """Drop the grants that have left the window."""
         log, first, end = self.log, self.first, now - self.window
         if not log or log[first][1] > end:
@@ -2619,15 +2775,16 @@ class _SlidingWindow(_Rate):
         elif first > 64 and first * 2 > len(log):
             self.recount()
 
-    def recount(self):
+    def recount(self) -> None:
         """Give memory back, and sum up anew: what rounding has done to the sums does not pile up."""
+        total: float
         self.log, self.first, total = self.log[self.first:], 0, 0
         for entry in self.log:
             total += entry[2]
             entry[0] = total
         self.total = math.fsum(entry[2] for entry in self.log) if type(total) is float else total
 
-    def delay(self, n, now):
+    def delay(self, n: float, now: int) -> float:
         self.forget(now)
         excess = self.total + n - self.capacity
         if excess <= 0 or self.is_rounding(excess):
@@ -2640,7 +2797,7 @@ class _SlidingWindow(_Rate):
         index = bisect.bisect_left(log, [needed], first, len(log) - 1)
         return log[index][1] + self.window - now
 
-    def take(self, n, now):
+    def take(self, n: float, now: int) -> list[float]:
         log = self.log
         entry = [log[-1][0] + n if log else n, now, n]
         log.append(entry)
@@ -2648,13 +2805,13 @@ class _SlidingWindow(_Rate):
         self.granted += n
         return entry
 
-    def give(self, entry, n, now):
+    def give(self, grant: list[float], n: float, now: int) -> None:
         self.forget(now)
-        if entry[1] > now - self.window:
-            entry[2] -= n
+        if grant[1] > now - self.window:
+            grant[2] -= n
             self.total -= n
 
-    def used(self, now):
+    def used(self, now: int) -> float:
         self.forget(now)
         return self.total
 
@@ -2666,35 +2823,37 @@ class _FixedWindow(_Rate):
     that lies across the border of two. Source: folklore, as the fixed window counter.
     """
 
-    def __init__(self, capacity, window):
+    def __init__(self, capacity: float, window: int) -> None:
         super().__init__(capacity, window)
+        self.began: int | None              # None before the first use
+        self.total: float
         self.began, self.total = None, 0
 
-    def turn(self, now):
+    def turn(self, now: int) -> None:
         if self.began is None:
             self.began = now
         elif now - self.began >= self.window:
             self.began += (now - self.began) // self.window * self.window
             self.total = 0
 
-    def delay(self, n, now):
+    def delay(self, n: float, now: int) -> float:
         self.turn(now)
         excess = self.total + n - self.capacity
         if excess <= 0 or self.is_rounding(excess):
             return 0
-        return self.began + self.window - now
+        return self.began + self.window - now  # type: ignore[operator]
 
-    def take(self, n, now):
+    def take(self, n: float, now: int) -> int | None:
         self.total += n
         self.granted += n
         return self.began
 
-    def give(self, began, n, now):
+    def give(self, grant: int | None, n: float, now: int) -> None:
         self.turn(now)
-        if began == self.began:
+        if grant == self.began:
             self.total -= n
 
-    def used(self, now):
+    def used(self, now: int) -> float:
         self.turn(now)
         return self.total
 
@@ -2712,15 +2871,16 @@ class _TokenBucket(_Rate):
     part is used up joins the part below; when all grants of a part are closed it joins the one above.
     """
 
-    def __init__(self, capacity, window):
+    def __init__(self, capacity: float, window: int) -> None:
         super().__init__(capacity, window)
-        self.debt = 0                   # in amounts times nanoseconds, for whole numbers to stay whole
+        self.debt: float = 0            # in amounts times nanoseconds, for whole numbers to stay whole
         self.number = 0                 # of the latest grant
-        self.parts = [[0, 0, 0]]        # [its newest grant, debt, how many may give back]; below all an empty one
+        # [its newest grant, debt, how many may give back]; below all an empty one
+        self.parts: list[list[float]] = [[0, 0, 0]]
         self.paid_until = 0
         self.slack *= window
 
-    def pay(self, now):
+    def pay(self, now: int) -> None:
         paid = self.capacity * (now - self.paid_until)
         self.paid_until = now
         if paid >= self.debt:
@@ -2736,23 +2896,23 @@ class _TokenBucket(_Rate):
             paid -= part[1]
             self.join_below(len(self.parts) - 1)
 
-    def join_below(self, index):
+    def join_below(self, index: int) -> None:
         number, _, count = self.parts.pop(index)
         self.parts[index - 1][0] = number
         self.parts[index - 1][2] += count
 
-    def excess(self, n):
+    def excess(self, n: float) -> float:
         """Return how much of the debt is in the way of n more."""
         return self.debt + (n - self.capacity) * self.window
 
-    def delay(self, n, now):
+    def delay(self, n: float, now: int) -> float:
         self.pay(now)
         excess = self.excess(n)
         if excess <= 0 or self.is_rounding(excess):
             return 0
         return max(1, -int(-excess // self.capacity))
 
-    def take(self, n, now):
+    def take(self, n: float, now: int) -> int:
         self.number += 1
         debt, top = n * self.window, self.parts[-1]
         if top[2] or len(self.parts) == 1:
@@ -2763,10 +2923,10 @@ class _TokenBucket(_Rate):
         self.granted += n
         return self.number
 
-    def give(self, number, n, now):
+    def give(self, grant: int, n: float, now: int) -> None:
         self.pay(now)
         left, parts = n * self.window, self.parts
-        index = bisect.bisect_left(parts, [number])
+        index = bisect.bisect_left(parts, [grant])
         while left > 0 and index > 0:
             part = parts[index]
             back = min(left, part[1])
@@ -2777,17 +2937,17 @@ class _TokenBucket(_Rate):
                 self.join_below(index)
             index -= 1
 
-    def recount(self):
+    def recount(self) -> None:
         self.debt = sum(part[1] for part in self.parts)
 
-    def close(self, number):
+    def close(self, grant: int) -> None:
         parts = self.parts
-        index = bisect.bisect_left(parts, [number])
+        index = bisect.bisect_left(parts, [grant])
         parts[index][2] -= 1
         if not parts[index][2] and 0 < index < len(parts) - 1:
             parts[index + 1][1] += parts.pop(index)[1]
 
-    def used(self, now):
+    def used(self, now: int) -> float:
         self.pay(now)
         return self.debt / self.window
 
@@ -2810,60 +2970,60 @@ class _LeakyBucket(_TokenBucket):
     Communications", IEEE Communications Magazine, October 1986; used as a queue.
     """
 
-    def __init__(self, capacity, window):
+    def __init__(self, capacity: float, window: int) -> None:
         super().__init__(capacity, window)
         whole = capacity * window
         self.tolerance = whole / 100 if type(whole) is float else whole // 100
 
-    def excess(self, n):
+    def excess(self, n: float) -> float:
         return self.debt - self.tolerance
 
-    def room(self, now):
+    def room(self, now: int) -> float:
         return 0 if self.delay(0, now) else self.capacity
 
 
 class _Endless(_Rate):
     """An infinite capacity."""
 
-    def delay(self, n, now):
+    def delay(self, n: float, now: int) -> float:
         return 0
 
-    def take(self, n, now):
+    def take(self, n: float, now: int) -> None:
         self.granted += n
 
-    def used(self, now):
+    def used(self, now: int) -> float:
         return 0
 
 
 class _Slots(_Rate):
     """A number of things that are used and given back."""
 
-    def __init__(self, capacity):
+    def __init__(self, capacity: float) -> None:
         self.capacity = capacity
-        self.total = 0
+        self.total: float = 0
 
-    def delay(self, n, now):
+    def delay(self, n: float, now: int) -> float:
         return 0 if self.total + n <= self.capacity else _NEVER
 
-    def take(self, n, now):
+    def take(self, n: float, now: int) -> float:
         self.total += n
         self.granted += n
         return n
 
-    def close(self, n):
-        self.total -= n
+    def close(self, grant: float) -> None:
+        self.total -= grant
 
-    def recount(self):
+    def recount(self) -> None:
         self.total = 0
 
-    def hold(self, n):
+    def hold(self, n: float) -> None:
         self.total += n
 
-    def used(self, now):
+    def used(self, now: int) -> float:
         return self.total
 
 
-_RATES = {
+_RATES: dict[RateLimitAlgorithm, type[_Rate]] = {
     RateLimitAlgorithm.SlidingWindow: _SlidingWindow,
     RateLimitAlgorithm.FixedWindow: _FixedWindow,
     RateLimitAlgorithm.TokenBucket: _TokenBucket,
