@@ -610,10 +610,13 @@ class _Options(types.SimpleNamespace):
             size = max(1, (os.cpu_count() or 2) - 1)
         if on_demand:
             defaults["load_balancing"] = defaults["load_balancing_on_demand"]
-        for arguments in "initargs", "initkwargs":
-            if given.get(arguments) and given.get("initializer", defaults["initializer"]) is None:
-                raise ValueError(f"{arguments}={given[arguments]!r} is not possible without an initializer")
         super().__init__(**{**defaults, **given, "mode": mode, "max_workers": size, "on_demand": on_demand})
+        self._check_initializer()
+
+    def _check_initializer(self) -> None:
+        for name in "initargs", "initkwargs":
+            if vars(self)[name] and self.initializer is None:
+                raise ValueError(f"{name}={vars(self)[name]!r} is not possible without an initializer")
 
     @property
     def room(self) -> float:
@@ -2469,9 +2472,10 @@ class _Retries:
         """
         results: list[Any]
         invalid: list[Any]
-        attempt, again, here, kind, value = 0, False, None, _ERROR, None     # of the latest attempt
         began, results, invalid, earlier, around = clock(), [], [], None, _attempt_here.get()
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             here = object()
             _attempt_here.set(here)
             kind, value = yield _RUN
@@ -4954,7 +4958,7 @@ class _AsyncioBackend(_Backend):
             (interrupt or self._replace_companion)()
 
     def _replace_companion(self) -> None:
-        """Have the plain methods go on on another thread, which listens to the same queue: this one may never return."""
+        """Have the plain methods go on on another thread, with the same queue: this one may never return."""
         logger.warning("%s: a plain method is given up, and its thread left to itself", self.name)
         self.tally.deaths += 1
         self.companion = self.make_thread(self._main_beside, self.name + "-plain")
@@ -7569,28 +7573,31 @@ class _ProcessBackend(_Backend):
             logger.debug("%s (pid %d) is retired%s", self.name, link.process.pid,
                          f": it holds {took >> 10} MiB after a call" if took else "")
         elif kind >= _RETURNED:
-            if not link.sent:
-                raise ValueError("an answer to no call")
-            call, _ = link.sent.popleft()
-            if link.sent and link.sent[0][0].is_unwanted:
-                self.reader.todo.append((self._end_call, (link.sent[0][0],)))
-            link.has_begun = True
-            call.began = _now() - took / 1e6
-            self._watch_first(link)
-            self.failures = 0
-            self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
-            if self.killed:
-                link.process.kill()         # nothing else shall begin in the time that it had to clean up
-            if self.killed and kind != _RETURNED:       # a handler of TERM has raised SystemExit, say
-                self._fail(call, self.stopped(call, self.killed, True))
-            else:
-                self.reader.todo.append((_settle_answer, (call, kind, data, buffers)))
+            self._take_answer(link, kind, took, data, buffers)
         elif kind == _BUILT:
             link.is_built = True
             if not self.started.done():
                 self.reader.todo.append((_settle, (self.started, _RESULT, None)))
         elif kind == _NOT_BUILT:
             self.cause: BaseException | None = _start_error(_load_error(data, buffers), self)
+
+    def _take_answer(self, link: _Link, kind: int, took: int, data: bytearray, buffers: list[Any]) -> None:
+        if not link.sent:
+            raise ValueError("an answer to no call")
+        call, _ = link.sent.popleft()
+        if link.sent and link.sent[0][0].is_unwanted:
+            self.reader.todo.append((self._end_call, (link.sent[0][0],)))
+        link.has_begun = True
+        call.began = _now() - took / 1e6
+        self._watch_first(link)
+        self.failures = 0
+        self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
+        if self.killed:
+            link.process.kill()             # nothing else shall begin in the time that it had to clean up
+        if self.killed and kind != _RETURNED:           # a handler of TERM has raised SystemExit, say
+            self._fail(call, self.stopped(call, self.killed, True))
+        else:
+            self.reader.todo.append((_settle_answer, (call, kind, data, buffers)))
 
     # Starting and burying: on the reader's thread
 
@@ -9863,7 +9870,7 @@ class _Pool:
             raise RuntimeError(f"cannot resize {self.name}: it is stopped or shut down")
         if self.options.mode in _ONE_WORKER:
             if size != 1:
-                raise ValueError(f"size={size} is not possible: mode {self.options.mode.value!r} has exactly one worker")
+                raise ValueError(f"n={size} is not possible: mode {self.options.mode.value!r} has exactly one worker")
             return
         self.options.max_workers = size
         added: BaseFuture[list[_Backend]] = BaseFuture()
@@ -9918,8 +9925,8 @@ class _Pool:
         if backend not in self.backends:
             return
         calls = [call for call in backend.give_up() if call in self.calls]
-        logger.warning("%s is given up with the call that it runs: its thread is left to itself and its state is lost, a "
-                       "new worker takes its place", backend.name)
+        logger.warning("%s is given up with the call that it runs: its thread is left to itself, its state is lost, and "
+                       "a new worker takes its place", backend.name)
         backend.tally.deaths += 1
         self._remove(backend)
         for call in calls:
@@ -11284,8 +11291,8 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
 
     The function and its arguments travel as to workers in process mode, by value where they must, and no
     `if __name__ == "__main__"` is needed. The handle has `pid`, `is_alive()`, `join(timeout)`, `poll()`, `terminate()`,
-    `kill()`, `exitcode` and `result(timeout)`. The process ends with this one, however that ends; the interpreter's exit
-    waits for it. Settings of `global_config` do not hold for it.
+    `kill()`, `exitcode` and `result(timeout)`. The process ends with this one, however that ends; the exit of this
+    interpreter waits for it. Settings of `global_config` do not hold for it.
 
     Raises TypeError if `fn` cannot be called, PicklingError for what cannot travel.
     """
@@ -11336,8 +11343,8 @@ def serve(*handles: _Handle, timeout: float | None = None) -> NoReturn:
     """Let workers serve until this process gets SIGTERM or SIGINT, then finish and exit; for the main thread.
 
     At the signal no new calls are taken, and what was submitted may finish, of all handles side by side, within
-    `timeout` seconds (None: as long as it takes). Then, or at a second signal, they are stopped at once, as by `stop(0)`.
-    At the end the signals have the handlers that they had before, and SystemExit is raised with
+    `timeout` seconds (None: as long as it takes). Then, or at a second signal, the rest is stopped at once, as by
+    `stop(0)`. At the end the signals have the handlers that they had before, and SystemExit is raised with
     the status that the shell expects, 128 plus the signal's number: 143 for SIGTERM, 130 for SIGINT.
 
     Raises TypeError for what is no handle, ValueError for an impossible timeout, RuntimeError in
