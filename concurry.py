@@ -32,6 +32,7 @@ Functions, on a pool of workers:
 Change "thread" to "process", "asyncio", "sync" or "ray" and nothing else. The file needs nothing but
 Python (3.9 or newer; and Ray for that mode) and may be copied into a project, under any name.
 """
+from __future__ import annotations
 
 from __future__ import annotations
 
@@ -8007,7 +8008,7 @@ _MOST_AHEAD = 256       # ... so many at most: they are lost when the actor dies
 _STATUS = struct.Struct("<BI")      # kind of answer, microseconds; a small result follows
 
 
-def _ray():
+def _ray() -> Any:
     """Return the package; raise ImportError if it is not there, RuntimeError if it is not started."""
     try:
         import ray
@@ -8021,7 +8022,7 @@ def _ray():
 
 # What Ray carries
 
-def _packed(portable, refs=()):
+def _packed(portable: tuple[bytes, Iterable[Any]], refs: Sequence[Any] = ()) -> bytes | list[Any]:
     """Return what was pickled as Ray carries it fast: bytes, or a list with the buffers, and with ObjectRefs that Ray
     has to know of.
     """
@@ -8032,7 +8033,7 @@ def _packed(portable, refs=()):
     return [data, bytes(buffer.readonly for buffer in buffers), refs, *map(pickle.PickleBuffer, buffers)]
 
 
-def _unpacked(packed):
+def _unpacked(packed: bytes | list[Any]) -> Any:
     """Load it. Buffers are copied out of Ray's store: there an array could not be written to, as it can elsewhere."""
     if type(packed) is bytes:
         return _loads(packed)
@@ -8045,7 +8046,7 @@ def _unpacked(packed):
         _here.refs = around
 
 
-def _reduce_ref(ref):
+def _reduce_ref(ref: Any) -> Any:
     """Have an ObjectRef or an actor travel beside the pickle, so that Ray knows who has it."""
     if _here.refs is None:
         return NotImplemented
@@ -8053,7 +8054,7 @@ def _reduce_ref(ref):
     return _ref_at, (len(_here.refs) - 1,)
 
 
-def _ref_at(index):
+def _ref_at(index: int) -> Any:
     return _here.refs[index]
 
 
@@ -8063,20 +8064,20 @@ class _Remote:
     In a call to another Ray worker it travels as that ObjectRef, and Ray brings the data from where it is.
     """
 
-    def __init__(self, method, packed, ref=None, is_ours=True):
+    def __init__(self, method: str, packed: Any, ref: Any = None, is_ours: bool = True) -> None:
         self.method = method
         self.packed = packed
         self.ref = ref
         self.is_ours = is_ours          # else the ref is the user's, and of what it is
         self.session = _ray_ends
 
-    def _lost(self):
+    def _lost(self) -> Any:
         """Return an error if the ref is of a Ray that has ended: the next one knows nothing of it."""
         if self.session != _ray_ends or not sys.modules["ray"].is_initialized():
             return RuntimeError(f"the result of {self.method}() was in Ray's store when Ray was shut down")
         return None
 
-    def load(self, timeout=None):
+    def load(self, timeout: float | None = None) -> tuple[str, Any]:
         """Return (kind, value); TimeoutError."""
         try:
             if self.ref is None:
@@ -8093,7 +8094,7 @@ class _Remote:
                 return _ERROR, _inner_error(cause)
             return _ERROR, _loading_error("result", self, cause)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.ref is None:
             return _unpacked, (self.packed,)
         if self._lost():
@@ -8102,41 +8103,41 @@ class _Remote:
         return _dependency, (len(_here.dependencies) - 1, self.is_ours)
 
 
-def _dependency(index, is_ours):
+def _dependency(index: int, is_ours: bool) -> Any:
     value = _here.dependencies[index]
     return _unpacked(value) if is_ours else value
 
 
-def _inner_error(error):
+def _inner_error(error: BaseException) -> BaseException:
     """Return the exception of the user's own that Ray has wrapped, or Ray's."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
 
 
-class _RayFuture(BaseFuture):
+class _RayFuture(BaseFuture):  # type: ignore[type-arg]
     """A future whose result stays where it is until somebody asks for it."""
 
-    def perish(self, error):
+    def perish(self, error: BaseException) -> None:
         """Fail: the reader, which was to tell of its end, has failed."""
         _settle(self, _ERROR, error)
 
-    def lose_ray(self):
+    def lose_ray(self) -> None:
         self.perish(sys.modules["ray"].exceptions.RayError("Ray was shut down"))
 
-    def result(self, timeout=None):
+    def result(self, timeout: float | None = None) -> Any:
         """Do as in BaseFuture; the first time the result is loaded, and comes from another machine perhaps."""
         self._load(timeout)
         return super().result(timeout)
 
-    def exception(self, timeout=None):
+    def exception(self, timeout: float | None = None) -> BaseException | None:
         self._load(timeout)
         return super().exception(timeout)
 
-    def _known(self):
+    def _known(self) -> tuple[str, Any]:
         self._load()
         return self._outcome
 
-    def _load(self, timeout=None):
+    def _load(self, timeout: float | None = None) -> None:
         deadline = _deadline(timeout)
         outcome = self._outcome or self._wait(timeout)
         if type(outcome[1]) is _Remote:
@@ -8150,19 +8151,19 @@ class _RayFuture(BaseFuture):
                 state["_gate"] = loaded
 
 
-def _of_ref(ref):
+def _of_ref(ref: Any) -> BaseFuture[Any]:
     """Return a future that ends as the object does that an ObjectRef stands for."""
     future = _RayFuture()
     reader = _reader_for(future)            # whom it wakes may not keep Ray's thread waiting
     _watch_ray()
 
-    def take(value):
+    def take(value: Any) -> None:
         if isinstance(value, sys.modules["ray"].exceptions.RayError):
             _settle(future, _ERROR, _inner_error(value))
         else:
             _settle(future, _RESULT, _Remote("the task of Ray", None, ref, is_ours=False))
 
-    def leave(future):
+    def leave(future: BaseFuture[Any]) -> None:
         reader.backends.discard(future)
         if future.cancelled():
             try:
@@ -8177,24 +8178,24 @@ def _of_ref(ref):
 class _SharedByRay:
     """A function for many calls: it travels with each of them, and is loaded by each worker once."""
 
-    functions = {}              # in the worker: the latest, by number
+    functions: dict[int, Any] = {}  # in the worker: the latest, by number
     numbers = itertools.count()
 
-    def __init__(self, fn):
+    def __init__(self, fn: Callable[..., Any]) -> None:
         self.number = next(self.numbers)
-        self.kept = {}
+        self.kept: dict[bytes, LimitSet] = {}
         portable, refs = _with_refs(_dumps_keeping, self.kept, fn, lambda: ({"the function": fn},))
         packed = _packed(_frozen(portable), refs)
         is_small = type(packed) is bytes and len(packed) < _BUFFER_SIZE
         self.remote = _Remote("map", packed) if is_small else _Remote("map", None, _ray().put(packed))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.remote.ref is None:
             return _shared_by_ray, (self.number, self.remote.packed)
         return _shared_by_ray, (self.number, None, self.remote)
 
 
-def _shared_by_ray(number, packed, loaded=None):
+def _shared_by_ray(number: int, packed: Any, loaded: Any = None) -> Any:
     functions = _SharedByRay.functions
     if number not in functions:
         while len(functions) >= 8:
@@ -8205,11 +8206,11 @@ def _shared_by_ray(number, packed, loaded=None):
 
 # The worker's side
 
-def _actor_class(name, is_concurrent):
+def _actor_class(name: str, is_concurrent: bool) -> Any:
     """Return a class of actors. Nothing in it leads out of it: it has to travel alone."""
 
     class Plain:
-        def __init__(self, name, path, code, what, *args):
+        def __init__(self, name: str, path: str, code: bytes, what: str, *args: Any) -> None:
             import importlib
             import marshal
             import sys
@@ -8229,20 +8230,20 @@ def _actor_class(name, is_concurrent):
                         sys.modules[package].__path__ = []
             self.actor = getattr(module, what)(*args)
 
-        def call(self, *args):
+        def call(self, *args: Any) -> Any:
             return self.actor.call(*args)
 
-        def do(self, name, *args):
+        def do(self, name: str, *args: Any) -> Any:
             return getattr(self.actor, name)(*args)
 
-        def beside(self, name, *args):
+        def beside(self, name: str, *args: Any) -> Any:
             return getattr(self.actor, name)(*args)
 
     class Async(Plain):
-        async def call(self, *args):
+        async def call(self, *args: Any) -> Any:
             return await self.actor.call_async(*args)
 
-        async def do(self, name, *args):
+        async def do(self, name: str, *args: Any) -> Any:
             done = getattr(self.actor, name)(*args)
             return await done if hasattr(done, "__await__") else done
 
@@ -8259,21 +8260,26 @@ def _actor_class(name, is_concurrent):
     return ray.remote(concurrency_groups={"beside": 2})(cls)
 
 
+if TYPE_CHECKING:
+    # (actor, process) of each of the processes that a process comes from
+    _Lineage: TypeAlias = tuple[tuple[str, str], ...]
+
+
 class _Actor:
     """What the actor's methods come to."""
 
-    def __init__(self, recipe, lineage, index):
+    def __init__(self, recipe: Any, lineage: _Lineage, index: int) -> None:
         global _lineage, _worker_index
         import ray
         here = ray.get_runtime_context()
         _lineage, _worker_index = (*lineage, (here.get_actor_id(), here.get_worker_id())), index
         _let_term_end()
         self.recipe = recipe
-        self.runner = None
+        self.runner: Any = None
         self.halt = _Halt()
-        self.beside = None              # a thread for plain methods beside the loop
+        self.beside: Any = None         # a thread for plain methods beside the loop
 
-    def begin(self):
+    def begin(self) -> bytes:
         """Make the object, in the thread of its methods; return the status."""
         if self.runner is None:         # else Ray has restarted the actor, and a call was first
             _here.is_ours = True
@@ -8287,13 +8293,13 @@ class _Actor:
                 return _status(_NOT_BUILT, _dump_error(_without_our_frame(error)))[0]
         return _status(_BUILT, (_pickle().dumps((_lineage[-1][1], os.getpid())), ()))[0]
 
-    def watch(self):
+    def watch(self) -> Any:
         return _never_end()
 
-    def hurry(self):
+    def hurry(self) -> None:
         self.halt.set()
 
-    def call(self, packed, values=None, *dependencies):
+    def call(self, packed: Any, values: Any = None, *dependencies: Any) -> tuple[bytes | None, Any]:
         """Carry out a call; return its status, and the result if it is large."""
         began = time.perf_counter()
         failure = self.begin() if self.runner is None else None
@@ -8308,7 +8314,7 @@ class _Actor:
             _run(_unheard(), None)
         return _status(kind, (*portable, refs), time.perf_counter() - began)
 
-    async def call_async(self, packed, values=None, *dependencies):
+    async def call_async(self, packed: Any, values: Any = None, *dependencies: Any) -> tuple[bytes, Any]:
         """Carry out a call beside others: a coroutine on the loop, anything else on the thread beside it."""
         began = time.perf_counter()
         loop, runner = _loop_here(), self.runner
@@ -8333,7 +8339,7 @@ class _Actor:
         return _status(kind, (*portable, refs), time.perf_counter() - began)
 
     @staticmethod
-    def _load(packed, values, dependencies):
+    def _load(packed: Any, values: Any, dependencies: tuple[Any, ...]) -> tuple[Any, Any]:
         """Return the call, or None and the answer that it cannot be loaded."""
         _here.dependencies = dependencies
         try:
@@ -8345,7 +8351,7 @@ class _Actor:
         finally:
             _here.dependencies = _Place.values = ()
 
-    def close(self):
+    def close(self) -> Any:
         """Drop the object; then end the pools of its own, beside the loop, where calls of theirs may end."""
         if self.beside is not None:
             self.beside.shutdown()
@@ -8355,7 +8361,7 @@ class _Actor:
         return loop.run_in_executor(None, _finish_all) if loop else _finish_all()
 
 
-def _let_term_end():
+def _let_term_end() -> None:
     """Have SIGTERM end this process: Ray's own handler would let calls end first, and `watch` never does."""
     try:
         import ctypes
@@ -8364,23 +8370,23 @@ def _let_term_end():
         pass
 
 
-def _never_end():
+def _never_end() -> Any:
     """Be a call that is over when the actor is dead."""
     loop = _loop_here()
     return loop.create_future() if loop else threading.Event().wait()
 
 
-def _loop_here():
+def _loop_here() -> Any:
     """Return the event loop that runs in this thread, or None."""
     asyncio = sys.modules.get("asyncio")
     return asyncio and asyncio._get_running_loop()
 
 
-def _be_ours():
+def _be_ours() -> None:
     _here.is_ours = True
 
 
-def _status(kind, portable=(b"", ()), seconds=0.0):
+def _status(kind: int, portable: tuple[Any, ...] = (b"", ()), seconds: float = 0.0) -> tuple[bytes, Any]:
     """Return the two things that a call returns: its status, with a small result in it, and what is large."""
     head = _STATUS.pack(kind, min(int(seconds * 1e6), 0xffffffff))
     data, buffers = portable[:2]
@@ -8407,7 +8413,7 @@ class _RayBackend(_Backend):
     future = _RayFuture
 
     @staticmethod
-    def set_up(recipe, options):
+    def set_up(recipe: _Recipe, options: _Options) -> tuple[Any, tuple[Any, ...], set[str]]:
         """Return the class of the actors, and what each is made with."""
         ray = _ray()
         if options.max_workers is None:
@@ -8421,18 +8427,18 @@ class _RayBackend(_Backend):
         return cls, (*_own_module(), "_Actor", _packed(_frozen(portable), refs), _lineage), coroutines
 
     @staticmethod
-    def tear_down(pool):
+    def tear_down(pool: _Pool) -> None:
         if isinstance(pool.options.limits, (list, tuple)):
             for each in _sets_in(pool.recipe.limits):
                 if each._home.is_far and each._home.way is not None:
                     each._home.way.forget(each._token)
 
     @staticmethod
-    def shared(fn):
+    def shared(fn: Callable[..., Any]) -> _SharedByRay:
         return _SharedByRay(fn)
 
     @staticmethod
-    def prepare(call, args, kwargs):
+    def prepare(call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.dependencies = _here.dependencies = []     # a shared function may lie in the store
         try:
             portable, refs = _with_refs(_dumps_keeping, call.pool.kept, (call.method, args, kwargs),
@@ -8443,11 +8449,11 @@ class _RayBackend(_Backend):
         call.message = (_packed(_frozen(portable), refs), *((None,) if call.dependencies else ()))
 
     @staticmethod
-    def value_of(future):
+    def value_of(future: BaseFuture[Any]) -> Any:
         return future._outcome[1] if isinstance(future, _RayFuture) else _result_of(*_outcome_of(future))
 
     @staticmethod
-    def complete(call, values):
+    def complete(call: _Call, values: list[Any]) -> None:
         # What lies in Ray's store stays there.
         _here.dependencies = call.dependencies
         try:
@@ -8457,14 +8463,15 @@ class _RayBackend(_Backend):
             _here.dependencies = ()
         call.message = call.message[0], _packed(_frozen(portable), refs)
 
-    def start(self):
-        self.inbox = queue.SimpleQueue()        # (function, arguments), to be called by the thread
-        self.queue = collections.deque()        # placed here and not handed to the actor: plain methods ...
-        self.side_by_side = collections.deque()         # ... and coroutines
-        self.handed = {}                        # calls: (refs of the status and of what is large, the actor, its pid)
+    def start(self) -> None:
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()    # (function, arguments), to be called by the thread
+        # placed here and not handed to the actor: plain methods ...
+        self.queue: collections.deque[_Call] = collections.deque()
+        self.side_by_side: collections.deque[_Call] = collections.deque()   # ... and coroutines
+        self.handed: dict[_Call, Any] = {}      # calls: (refs of the status and of what is large, the actor, its pid)
         self.ahead = 0                          # of them: plain methods
-        self.lost = []                          # by an actor that died: to be handed to the next one
-        self.actor = None
+        self.lost: list[_Call] = []             # by an actor that died: to be handed to the next one
+        self.actor: Any = None
         self.is_built = False                   # this actor's object ...
         self.was_built = False                  # ... and ever one
         self.has_begun = False                  # a call, perhaps, on this actor
@@ -8473,7 +8480,7 @@ class _RayBackend(_Backend):
         self.left = self.most = self.pool.options.max_tasks_per_worker or sys.maxsize       # calls for this actor
         self.is_retiring = False                # it has had all its calls, and is about to end
         self.is_finishing = self.is_over = False
-        self.killed = None                      # why, in words
+        self.killed: str | None = None          # why, in words
         self.cls, self.arguments, self.coroutines = self.pool.setup
         self.reader = _reader_for(self)
         self.post(self._launch)
@@ -8484,11 +8491,11 @@ class _RayBackend(_Backend):
             raise
         _settle(self.started, _RESULT, None)    # nobody waits for the cluster
 
-    def post(self, function, *args):
+    def post(self, function: Callable[..., object], *args: Any) -> None:
         """Have a function called on the backend's thread; from any thread, at any time."""
         self.inbox.put((function, args))
 
-    def _main(self):
+    def _main(self) -> None:
         _here.is_ours, _here.divert = True, self.reader.post
         try:
             while not self.is_over:
@@ -8504,18 +8511,18 @@ class _RayBackend(_Backend):
 
     # Handing over
 
-    def submit(self, call):
+    def submit(self, call: _Call) -> None:
         self.post(self._take_in, call)
 
-    def _take_in(self, call):
+    def _take_in(self, call: _Call) -> None:
         (self.side_by_side if call.method in self.coroutines else self.queue).append(call)
         self._feed()
 
-    def _window(self):
+    def _window(self) -> int:
         """Return how many plain calls are handed over at once. Beside coroutines Ray does not keep their order."""
         return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON / max(self.pace, 1))))
 
-    def _feed(self):
+    def _feed(self) -> None:
         if not self.is_built:
             return
         for call in reversed(self.lost):
@@ -8529,7 +8536,7 @@ class _RayBackend(_Backend):
             self.is_built, self.is_retiring = False, True
             self._close(self.actor)
 
-    def _hand_over(self, call):
+    def _hand_over(self, call: _Call) -> None:
         message, dependencies = call.message, call.dependencies
         # None: settled meanwhile. Handed over: a signal handler has raised while it was placed, and it came twice.
         # It has begun already if it is run again.
@@ -8549,7 +8556,7 @@ class _RayBackend(_Backend):
 
     # Hearing
 
-    def _hear_next(self):
+    def _hear_next(self) -> None:
         """Wait for the first of the statuses, and take what is there."""
         try:
             ray = _ray()                    # else Ray would start itself
@@ -8567,7 +8574,7 @@ class _RayBackend(_Backend):
         for ref, status in zip(ready, statuses):
             self._hear(calls[ref], status)
 
-    def _hear(self, call, status):
+    def _hear(self, call: _Call, status: Any) -> None:
         """Take the status of a call, or the exception that Ray has instead."""
         if call not in self.handed:
             return
@@ -8591,7 +8598,7 @@ class _RayBackend(_Backend):
                 _settle(call.future, _ERROR, self._death(call, status))
         self._feed()
 
-    def _take(self, call, kind, took, packed, ref):
+    def _take(self, call: _Call, kind: int, took: int, packed: bytes, ref: Any) -> None:
         if kind == _NOT_BUILT:              # Ray has restarted the actor, and its constructor raised
             _settle(call.future, _ERROR, _start_error(_load_error(*_pickle().loads(packed)), self))
             return
@@ -8603,7 +8610,7 @@ class _RayBackend(_Backend):
         else:
             _settle_answer(call, kind, *_pickle().loads(packed))
 
-    def _death(self, call, error):
+    def _death(self, call: _Call, error: BaseException) -> WorkerDiedError:
         if self.killed:
             return self.stopped(call, self.killed, None)
         died = self.death_in(call, f": {_cause_of_death(error)}")
@@ -8611,7 +8618,7 @@ class _RayBackend(_Backend):
         return died
 
     @staticmethod
-    def death_in(call, why=""):
+    def death_in(call: _Call, why: str = "") -> WorkerDiedError:
         """Return the error of a call whose actor has died, perhaps not for the first time."""
         name, pid, _ = call.deaths[-1]
         text = f"the actor of {name} (pid {pid}) died before the end of {call.method}(), which it may have begun{why}"
@@ -8621,7 +8628,7 @@ class _RayBackend(_Backend):
 
     # Starting and burying
 
-    def _launch(self):
+    def _launch(self) -> None:
         if self.is_finishing:
             self._end()
             return
@@ -8637,20 +8644,20 @@ class _RayBackend(_Backend):
             self.actor = None
             self._failed_to_start(error)
 
-    def _look_after(self, actor):
+    def _look_after(self, actor: Any) -> None:
         """Have the actor make its object, and its end be told."""
         self.process = self.pid = None
         self._begin(actor)
         _await_end(actor, functools.partial(self.post, self._bury, actor))
 
-    def _begin(self, actor):
+    def _begin(self, actor: Any) -> None:
         try:
             _ray()
             actor.do.remote("begin")._on_completed(functools.partial(self.post, self._begun, actor))
         except Exception:               # it is dead, or Ray is
             pass
 
-    def _begun(self, actor, status):
+    def _begun(self, actor: Any, status: Any) -> None:
         if actor is not self.actor or not isinstance(status, bytes):
             return                          # it is dead, which will be told
         if status[0] == _BUILT:
@@ -8662,7 +8669,7 @@ class _RayBackend(_Backend):
         _kill_actor(actor)
         self._failed_to_start(_start_error(_load_error(*_pickle().loads(status[_STATUS.size:])), self))
 
-    def _bury(self, actor, error):
+    def _bury(self, actor: Any, error: BaseException) -> None:
         """Go on after an actor has died. What its calls came to, Ray tells for each of them."""
         is_restarted = isinstance(error, sys.modules["ray"].exceptions.ActorUnavailableError)
         for way in list(_ways.values()):
@@ -8702,7 +8709,7 @@ class _RayBackend(_Backend):
             self.pool.restarts += 1
             self._launch_again()
 
-    def lose_ray(self):
+    def lose_ray(self) -> None:
         """Fail everything: Ray was shut down. The thread may be waiting for ever."""
         if self.is_over:
             return
@@ -8714,7 +8721,7 @@ class _RayBackend(_Backend):
         self._end()
         self.pool.lose(self, error)
 
-    def _failed_to_start(self, error):
+    def _failed_to_start(self, error: BaseException) -> None:
         self.failures += 1
         if self.was_built and self.failures < _STARTS and not self.is_finishing:
             logger.warning("%s failed before its first call (%s): it is started again", self.name, error)
@@ -8724,7 +8731,7 @@ class _RayBackend(_Backend):
         self._end()
         self.pool.lose(self, error)
 
-    def _launch_again(self, seconds=0):
+    def _launch_again(self, seconds: float = 0) -> None:
         # Later: an actor's name is free a moment after nobody holds the dead one any more, and our callers do.
         self.call_actor = None
         if seconds:
@@ -8734,35 +8741,35 @@ class _RayBackend(_Backend):
 
     # Ending. What has to reach a worker in the middle of a call is said on the reader's thread.
 
-    def interruption(self, call, kill):
+    def interruption(self, call: _Call, kill: bool) -> Callable[[], Any] | None:
         return functools.partial(self.reader.post, self._end_call, call) if kill else None
 
-    def _end_call(self, call):
+    def _end_call(self, call: _Call) -> None:
         handed = self.handed.get(call)
         if handed is not None:
             _kill_actor(handed[1])
 
-    def hurry(self):
+    def hurry(self) -> None:
         self.reader.post(self._hurry)
 
-    def _hurry(self):
+    def _hurry(self) -> None:
         try:
             if self.actor is not None and _ray():
                 self.actor.beside.remote("hurry")
         except Exception:               # it is dead, or Ray is
             pass
 
-    def finish(self):
+    def finish(self) -> None:
         self.is_finishing = True
         self.post(self._end_actor)
 
-    def _end_actor(self):
+    def _end_actor(self) -> None:
         if self.actor is None or not self.is_built:
             self._terminate()
         else:
             self._close(self.actor)
 
-    def _close(self, actor):
+    def _close(self, actor: Any) -> None:
         """Have the actor drop its object, then end it."""
         try:
             _ray()
@@ -8770,7 +8777,7 @@ class _RayBackend(_Backend):
         except Exception:
             _kill_actor(actor)
 
-    def kill(self, why):
+    def kill(self, why: str) -> None:
         self.is_finishing = True
         self.killed = why
         for call in list(self.calls):
@@ -8779,19 +8786,19 @@ class _RayBackend(_Backend):
         self.reader.post(lambda: _kill_actor(self.actor))
         self.post(self._terminate)
 
-    def _terminate(self):
+    def _terminate(self) -> None:
         if self.actor is not None:
             _kill_actor(self.actor)
         else:                           # it is to be started, or was given up
             self._end()
 
-    def _end(self):
+    def _end(self) -> None:
         self.is_over = True
         self.post(int)
         self.reader.post(self.reader.backends.discard, self)
         _settle(self.ended, _RESULT, None)
 
-    def perish(self, error):
+    def perish(self, error: BaseException) -> None:
         """Fail everything: the reader itself has failed."""
         self.is_finishing = True
         _kill_actor(self.actor)
@@ -8801,31 +8808,31 @@ class _RayBackend(_Backend):
         self._end()
 
 
-def _status_of(ref):
+def _status_of(ref: Any) -> Any:
     try:
         return sys.modules["ray"].get(ref)
     except BaseException as error:
         return error
 
 
-def _await_end(actor, then):
+def _await_end(actor: Any, then: Callable[[Any], object]) -> None:
     """Have `then(error)` called, on Ray's thread, when an actor has died."""
     _watch_ray()
     actor.beside.remote("watch")._on_completed(then)
 
 
-def _kill_actor(actor):
+def _kill_actor(actor: Any) -> None:
     try:
         _ray().kill(actor)
     except Exception:               # it is dead, or Ray is
         pass
 
 
-_ray_watch = None                   # the thread that waits for the end of Ray
+_ray_watch: threading.Thread | None = None  # the thread that waits for the end of Ray
 _ray_ends = 0                       # how often that has come
 
 
-def _watch_ray():
+def _watch_ray() -> None:
     """Have it heard when Ray is shut down: what was asked before is never answered then."""
     global _ray_watch
     with _reader_lock:
@@ -8839,7 +8846,7 @@ def _watch_ray():
             _ray_watch.start()
 
 
-def _hear_of_ray(is_over):
+def _hear_of_ray(is_over: threading.Event) -> None:
     global _ray_ends
     is_over.wait()
     _ray_ends += 1
@@ -8851,19 +8858,19 @@ def _hear_of_ray(is_over):
                     reader.post(each.lose_ray)
 
 
-def _cause_of_death(error):
+def _cause_of_death(error: BaseException) -> str:
     """Return the words that matter of what Ray says about a death, which is long."""
     sentence = str(error).strip().rpartition("\n")[2].partition(". ")[0]
     return sentence.removeprefix("The actor is dead because ").rstrip(".")
 
 
-def _async_names(recipe):
+def _async_names(recipe: _Recipe) -> set[str]:
     """Return the methods whose calls an actor runs beside one another; without any it is a plain actor."""
     names = {name for name, value in _definitions(recipe.cls) if _is_async(getattr(value, "__func__", value))}
     return names | ({"__call__", "_chunk"} if _is_async(recipe.bound) else set())
 
 
-def _actor_options(options):
+def _actor_options(options: _Options) -> dict[str, Any]:
     """Return what Ray is told about the actors, as in `cls.options(...)`."""
     for name in "max_concurrency", "concurrency_groups":
         if name in options.actor_options:
@@ -8878,14 +8885,14 @@ def _actor_options(options):
     return {**options.actor_options, **given}
 
 
-def _own_module():
+def _own_module() -> tuple[str, str, Any]:
     """Return name, path and code of this module, to be run where it cannot be imported."""
     import marshal
     code = globals().get("_code_here") or marshal.dumps(__spec__.loader.get_code(__spec__.name))
     return __name__, __file__, _ray().put(code)
 
 
-def _with_refs(dumps, *args):
+def _with_refs(dumps: Callable[..., T], *args: Any) -> tuple[T, list[Any]]:
     """Return what `dumps(*args)` does, and the ObjectRefs met on the way."""
     around, _here.refs = _here.refs, []
     try:
@@ -8908,7 +8915,7 @@ class _OnDemandRayBackend(_OnDemand, _RayBackend):
 # A set that is given to Ray workers moves, once and for all, into an actor: nobody can call the process
 # that made it. There, too, its home is _Away from then on, with all that is held or waited for.
 
-def _pickled(words):
+def _pickled(words: tuple[Any, ...]) -> tuple[bytes, tuple[()]]:
     """Return numbers and words in the form of what travels; nothing of the user's is among them."""
     return _pickle().dumps(words, 5), ()
 
@@ -8916,17 +8923,17 @@ def _pickled(words):
 class _Way:
     """What leads from here to where a set is at home."""
 
-    def __init__(self):
-        self.tickets = {}                       # by number: those that wait for a verdict
+    def __init__(self) -> None:
+        self.tickets: dict[int, _Ticket] = {}   # by number: those that wait for a verdict
         self.numbers = itertools.count()
 
-    def listen(self):
+    def listen(self) -> None:
         """Have verdicts heard from now on."""
 
-    def tell(self, words):
+    def tell(self, words: tuple[Any, ...]) -> bool | None:
         """Send what a ticket says; return False if that was put off."""
 
-    def _tell(self, ticket, is_granted, answer):
+    def _tell(self, ticket: _Ticket | None, is_granted: bool, answer: Any) -> None:
         if ticket is not None:
             ticket.answer = answer
             if is_granted:
@@ -8938,7 +8945,7 @@ class _Way:
             except RuntimeError:                # its event loop is closed: nobody will come for it
                 _drop(ticket.home, ticket)
 
-    def _refuse_all(self, answer):
+    def _refuse_all(self, answer: str) -> None:
         while self.tickets:
             self._tell(self.tickets.popitem()[1], False, answer)
 
@@ -8946,19 +8953,19 @@ class _Way:
 class _Upstream(_Way):
     """A worker process's way to its parent, for the answers to calls and for its tickets."""
 
-    def __init__(self, connection, lane):
+    def __init__(self, connection: socket.socket, lane: socket.socket) -> None:
         super().__init__()
         self.connection = connection
         self.lane = lane
         self.lock = threading.RLock()
-        self.outbox = collections.deque()       # messages
+        self.outbox: collections.deque[Sequence[bytes | memoryview]] = collections.deque()  # messages
         self.is_sending = False
         self.inbox = _Inbox(lane, (_VERDICT,))
         self.is_heard = False                   # the reader listens to the lane
         self.halt = _Halt(self.listen)          # set when the parent stops the worker
         lane.setblocking(False)
 
-    def send(self, message):
+    def send(self, message: Sequence[bytes | memoryview]) -> bool:
         """Send the parts of a message, after those of others; return when it is sent, or False if it will be."""
         self.outbox.append(message)
         with self.lock:
@@ -8972,34 +8979,34 @@ class _Upstream(_Way):
                 self.is_sending = False
         return True
 
-    def tell(self, words):
+    def tell(self, words: tuple[Any, ...]) -> bool:
         return self.send(_message(_TICKET, _pickled(words)))
 
-    def show(self, key, shown):
+    def show(self, key: Any, shown: Iterable[Any]) -> None:
         """Have a progress bar shown by the parent."""
         self.send(_message(_PROGRESS, _pickled((key, tuple(shown)))))
 
-    def listen(self):
+    def listen(self) -> None:
         with self.lock:
             if not self.is_heard:
                 self.is_heard = True
                 reader = _reader_for(self)
                 reader.post(reader.watch, self.lane, selectors.EVENT_READ, self._hear)
 
-    def _hear(self, events):
+    def _hear(self, events: int) -> None:
         for _, _, data, _ in self.inbox.receive():
             number, is_granted, answer = _pickle().loads(data)
             if number is None:
                 self.halt.set()
             self._tell(self.tickets.pop(number, None), is_granted, answer)
 
-    def perish(self, error):
+    def perish(self, error: BaseException) -> None:
         """Refuse everything: the reader has failed."""
         self.is_heard = False
         self._refuse_all(f"the reader of this worker process failed: {error!r}")
 
 
-_upstream = None                # in a worker process: its way to the parent
+_upstream: Any = None           # in a worker process: its way to the parent
 _OUT_OF_REACH = ("these limits live in a process that this one is no worker of: os.fork and pickle do not share them, "
                  "a worker's own are not shared with its parent, nor those of one copy of this module with another")
 
@@ -9009,11 +9016,11 @@ class _Away:
 
     is_far = True
 
-    def __init__(self, token, way=None):
+    def __init__(self, token: bytes, way: _RayWay | None = None) -> None:
         self.token = token
         self.way = way              # None: to the parent
 
-    def attend(self, ticket):
+    def attend(self, ticket: _Ticket) -> None:
         """Send what the ticket says; a verdict comes later, and rings its bell."""
         way = self.way or _upstream
         if way is None:
@@ -9037,17 +9044,17 @@ class _Away:
         elif not is_sent:
             ticket.is_refused = True
 
-    def wait_for_verdict(self, ticket):
+    def wait_for_verdict(self, ticket: _Ticket) -> _Ticket:
         """Sleep until the ticket is granted or refused, and return it."""
         ticket.bell = _Bell()
         while not (ticket.is_granted or ticket.is_refused):
             ticket.bell.sleep(None)
         return ticket
 
-    def seconds_until(self, due):
+    def seconds_until(self, due: float) -> float:
         return _NEVER               # the owner looks at the clock
 
-    def stats(self):
+    def stats(self) -> Any:
         ticket = _Ticket(None)      # wants nothing but an answer
         self.attend(ticket)
         self.wait_for_verdict(ticket)
@@ -9059,16 +9066,18 @@ class _Away:
 class _Guest:
     """A worker's ticket in this process, and its bell: rung, it sends the verdict or sets an alarm."""
 
-    def __init__(self, link, reader, number, home, wants):
+    def __init__(self, link: _Link | _Visitor, reader: Any, number: int, home: _Desk | _Away,
+                 wants: dict[str, Any] | None) -> None:
         self.link, self.reader, self.number, self.home = link, reader, number, home
         self.alarm = math.inf           # when the one that is set will ring
-        self.timer = None
+        self.timer: Any = None
         self.ticket = _Ticket(wants)
         self.ticket.bell = self
         self.is_told = False
 
     @classmethod
-    def take(cls, link, reader, number, token, wants, usage, is_over, may_wait):
+    def take(cls, link: _Link | _Visitor, reader: Any, number: int, token: bytes, wants: dict[str, Any] | None,
+             usage: dict[str, Any] | None, is_over: bool, may_wait: bool) -> None:
         """Do what a worker's ticket says; on the reader's thread."""
         guest, known = link.guests.get(number), _sets.get(token)
         if guest is None:
@@ -9087,23 +9096,23 @@ class _Guest:
         except Exception as error:          # of a set that is out of reach, or of what a worker makes up
             guest.refuse(str(error) or repr(error))
 
-    def refuse(self, answer):
+    def refuse(self, answer: Any) -> None:
         self.ticket.is_refused, self.ticket.answer = True, answer
         self._look()
 
-    def leave(self):
+    def leave(self) -> None:
         self.link.guests.pop(self.number, None)
         self.ticket.is_over = self.is_told = True
         self._unset_alarm()
         self.home.attend(self.ticket)
 
-    def wake(self):
+    def wake(self) -> None:
         if _here.reader is self.reader:
             self._look()
         else:
             self.reader.post(self._look)
 
-    def _look(self):
+    def _look(self) -> None:
         ticket = self.ticket
         if self.is_told:
             return
@@ -9118,13 +9127,13 @@ class _Guest:
             self.alarm = ticket.due
             self.timer = self.reader.later(max(0.0, self.home.seconds_until(ticket.due)), self._ring_alarm)
 
-    def _ring_alarm(self):
+    def _ring_alarm(self) -> None:
         self.alarm, self.timer = math.inf, None
         if not self.is_told:
             self.home.attend(self.ticket)
             self._look()
 
-    def _unset_alarm(self):
+    def _unset_alarm(self) -> None:
         if self.timer is not None:
             self.reader.cancel(self.timer)
             self.timer = None
@@ -9133,20 +9142,20 @@ class _Guest:
 class _Lane:
     """The parent's end of a worker's second socket; used on the reader's thread."""
 
-    def __init__(self, connection, reader):
+    def __init__(self, connection: socket.socket, reader: _Reader) -> None:
         self.connection = connection
         self.connection.setblocking(False)
         self.reader = reader
-        self.outbox = collections.deque()
+        self.outbox: collections.deque[bytes | memoryview] = collections.deque()
         self.is_blocked = False
 
-    def send(self, number, is_granted, answer):
+    def send(self, number: int, is_granted: bool, answer: Any) -> None:
         """Send a verdict, or an answer, to a ticket; what the socket does not take follows when it does."""
         self.outbox += _message(_VERDICT, _pickled((number, is_granted, answer)))
         if not self.is_blocked:
             self._flush()
 
-    def _flush(self, events=None):
+    def _flush(self, events: int | None = None) -> None:
         try:
             while self.outbox:
                 part = self.outbox[0]
@@ -9165,11 +9174,11 @@ class _Lane:
             self.is_blocked = False
             self.reader.forget(self.connection)
 
-    def close(self):
+    def close(self) -> None:
         self.connection.close()
 
 
-def _limit_set(token, limits, config, keeper=None):
+def _limit_set(token: bytes, limits: tuple[Limit, ...], config: dict[str, Any], keeper: Any = None) -> LimitSet:
     """Load a LimitSet: the one with this token, or one that asks where it came from, or the actor that keeps it."""
     known = _sets.get(token)
     if known is None:
@@ -9187,16 +9196,16 @@ _FORGOTTEN = "these limits have ended with the pool that they were made for, or 
 class _RayWay(_Way):
     """The way to an actor that keeps sets; all is said on the reader's thread, and heard on Ray's."""
 
-    def __init__(self, actor):
+    def __init__(self, actor: Any) -> None:
         super().__init__()
         self.actor = actor
         self.ordinals = itertools.count()       # of messages: Ray may change their order
-        self.unheard = {}                       # futures of messages that are not answered yet
-        self.tokens = set()                     # of the sets that this process has moved there
-        self.over = None                        # why it leads nowhere any more, in words
+        self.unheard: dict[BaseFuture[None], None] = {}     # futures of messages that are not answered yet
+        self.tokens: set[bytes] = set()         # of the sets that this process has moved there
+        self.over: str | None = None            # why it leads nowhere any more, in words
         self.reader = _reader_for(self)
 
-    def tell(self, words):
+    def tell(self, words: tuple[Any, ...]) -> bool:
         heard = BaseFuture()
         self.unheard[heard] = None
         if self.over or _here.reader is self.reader:        # over: there may be no reader any more
@@ -9205,7 +9214,7 @@ class _RayWay(_Way):
             self.reader.post(self._send, words, heard)
         return True
 
-    def _send(self, words, heard):
+    def _send(self, words: tuple[Any, ...], heard: BaseFuture[None]) -> None:
         number = words[0]
         try:
             if self.over:
@@ -9215,17 +9224,17 @@ class _RayWay(_Way):
         except BaseException as error:
             self._hear(number, heard, error)
 
-    def _ask(self, *args):
+    def _ask(self, *args: Any) -> Any:
         _ray()                                  # else Ray would start itself
         return self.actor.do.remote(*args)
 
-    def _do(self, *args):
+    def _do(self, *args: Any) -> None:
         try:
             self._ask(*args)
         except Exception:                       # it is dead, or Ray is
             pass
 
-    def _hear(self, number, heard, answer):
+    def _hear(self, number: int, heard: BaseFuture[None], answer: Any) -> None:
         if isinstance(answer, BaseException):
             answer = False, self.over or f"the actor that keeps these limits does not answer: {_cause_of_death(answer)}"
         if answer is not None:
@@ -9233,21 +9242,21 @@ class _RayWay(_Way):
         self.unheard.pop(heard, None)
         _settle(heard, _RESULT, None)
 
-    def take_over(self, limits):
+    def take_over(self, limits: LimitSet) -> None:
         """Have the actor keep a set that is at home here."""
         self.tokens.add(limits._token)
         weakref.finalize(limits, self.forget, limits._token).atexit = False
         limits._home.move(limits._token, self)
 
-    def open(self, token, *state):
+    def open(self, token: bytes, *state: Any) -> None:
         described = tuple(_sets[token]._limits.values())
         self.reader.post(self._do, "open", _lineage, _pickle().dumps((token, described, *state), 5))
 
-    def forget(self, token):
+    def forget(self, token: bytes) -> None:
         """Be told that nobody needs a set any more; from any thread, at any time."""
         self.reader.post(self._forget, token)
 
-    def _forget(self, token):
+    def _forget(self, token: bytes) -> None:
         with _way_lock:
             if token in self.tokens and not self.over:
                 self.tokens.discard(token)
@@ -9255,14 +9264,14 @@ class _RayWay(_Way):
                 if not self.tokens:
                     self.end(_FORGOTTEN)
 
-    def mourn(self, actor, process=None):
+    def mourn(self, actor: str, process: str | None = None) -> None:
         """Have taken back what a worker held that has died; None: whatever process was its."""
         self.reader.post(self._do, "leave", actor, process)
 
-    def lose(self, error):
+    def lose(self, error: BaseException) -> None:
         self.reader.post(self.end, f"the actor that kept these limits has died: {_cause_of_death(error)}")
 
-    def end(self, why):
+    def end(self, why: str) -> None:
         self.over = self.over or why
         _ways.pop(self.actor._actor_id, None)
         if self is _own_way:
@@ -9270,20 +9279,20 @@ class _RayWay(_Way):
         self._refuse_all(why)
         self.reader.backends.discard(self)
 
-    def perish(self, error):
+    def perish(self, error: BaseException) -> None:
         self.end(f"the actor that keeps these limits cannot be reached: {error!r}")
 
-    def lose_ray(self):
+    def lose_ray(self) -> None:
         self.end("Ray was shut down, and these limits with it: make new ones")
 
 
-_lineage = ()                   # (actor, process) of whoever made the worker that this process is, and its own
-_ways = {}                      # by the id of the actor
-_own_way = None                 # to the actor that keeps this process's sets
+_lineage: _Lineage = ()         # (actor, process) of whoever made the worker that this process is, and its own
+_ways: dict[Any, _RayWay] = {}  # by the id of the actor
+_own_way: _RayWay | None = None     # to the actor that keeps this process's sets
 _way_lock = threading.RLock()
 
 
-def _way_to(keeper):
+def _way_to(keeper: Any) -> _RayWay:
     with _way_lock:
         way = _ways.get(keeper._actor_id)
         if way is None:
@@ -9291,7 +9300,7 @@ def _way_to(keeper):
         return way
 
 
-def _keeper_of(limits):
+def _keeper_of(limits: LimitSet) -> Any:
     """Return the actor that keeps a set, which moves there if it is at home here."""
     global _own_way
     with _way_lock:
@@ -9308,14 +9317,14 @@ def _keeper_of(limits):
     return way.actor
 
 
-def _start_keeper():
+def _start_keeper() -> Any:
     ray = _ray()
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return _actor_class("limits", True).options(num_cpus=0, scheduling_strategy=here).remote(*_own_module(), "_Keeper")
 
 
-def _unheard():
+def _unheard() -> Generator[_Watch, None, None]:
     """Yield what to wait for until the actors know what was given back here: who sees a result relies on it."""
     heard = {heard for way in list(_ways.values()) for heard in list(way.unheard)}
     yield from _settled_of(heard, ALL_COMPLETED)
@@ -9324,22 +9333,22 @@ def _unheard():
 class _Visitor:
     """A process that has sent tickets to an actor: what a _Link and its lane are to a worker process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lane = self
-        self.guests = {}                # by number
-        self.answers = {}               # to the first message about each: futures of verdicts
-        self.early = {}                 # messages by ordinal that came before others
+        self.guests: dict[int, _Guest] = {}     # by number
+        self.answers: dict[int, Any] = {}   # to the first message about each: futures of verdicts
+        self.early: dict[int, tuple[tuple[Any, ...], Any]] = {}     # messages by ordinal that came before others
         self.next = 0                   # the ordinal whose turn it is
 
-    def send(self, number, *verdict):
+    def send(self, number: int, *verdict: Any) -> None:
         self.answer(number, verdict)
 
-    def answer(self, number, verdict):
+    def answer(self, number: int, verdict: tuple[Any, ...] | None) -> None:
         answer = self.answers.pop(number, None)
         if answer is not None and not answer.done():
             answer.set_result(verdict)
 
-    def leave(self):
+    def leave(self) -> None:
         for guest in list(self.guests.values()):
             guest.leave()
         for number in list(self.answers):
@@ -9349,13 +9358,13 @@ class _Visitor:
 class _Keeper:
     """The object of the actor: sets are at home here as in the process that made them, and their guests on its loop."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         _let_term_end()
-        self.sets = {}                  # by token; None: forgotten
-        self.visitors = {}              # by lineage
-        self.dead = {}                  # (actor, process), the latest; (actor, None): whatever process it had
+        self.sets: dict[bytes, LimitSet | None] = {}    # by token; None: forgotten
+        self.visitors: dict[_Lineage, _Visitor] = {}    # by lineage
+        self.dead: dict[Any, None] = {}     # (actor, process), the latest; (actor, None): whatever process it had
 
-    def open(self, client, moved):
+    def open(self, client: _Lineage, moved: bytes) -> None:
         """Take over a set."""
         token, limits, states, held, now = _pickle().loads(moved)
         ahead = now - time.monotonic_ns()       # of this machine's clock; less than it is by the time of the way
@@ -9370,10 +9379,10 @@ class _Keeper:
         for visitor in self.visitors.values():
             self._go_on(visitor)
 
-    def forget(self, token):
+    def forget(self, token: bytes) -> None:
         self.sets[token] = None
 
-    async def attend(self, client, ordinal, words):
+    async def attend(self, client: _Lineage, ordinal: int, words: tuple[Any, ...]) -> Any:
         """Do what a ticket says; if it is new, return the verdict on it when there is one."""
         import asyncio
         visitor = self._visitor(client)
@@ -9384,7 +9393,7 @@ class _Keeper:
         self._go_on(visitor)
         return await answer
 
-    def _go_on(self, visitor):
+    def _go_on(self, visitor: _Visitor) -> None:
         """Take messages in their order, as far as they are there and the sets that they are about."""
         _here.reader = self
         while visitor.next in visitor.early:
@@ -9405,7 +9414,7 @@ class _Keeper:
             if is_over:
                 visitor.answer(number, None)
 
-    def _visitor(self, client):
+    def _visitor(self, client: _Lineage) -> Any:
         """Return what is known of a process, None if that is that it is dead: as one is whose actor has a new one."""
         if self._is_dead(client):
             return None
@@ -9415,10 +9424,10 @@ class _Keeper:
             self.visitors[client] = _Visitor()
         return self.visitors[client]
 
-    def _is_dead(self, client):
+    def _is_dead(self, client: _Lineage) -> bool:
         return any((actor, process) in self.dead or (actor, None) in self.dead for actor, process in client)
 
-    def leave(self, actor, process=None):
+    def leave(self, actor: str, process: str | None = None) -> None:
         """Take back what a dead process held, and what those did that it had made."""
         self.dead[actor, process] = None
         if len(self.dead) > 10_000:     # messages that were on their way are long here
@@ -9426,16 +9435,16 @@ class _Keeper:
         for client in [client for client in self.visitors if self._is_dead(client)]:
             self.visitors.pop(client).leave()
 
-    def watch(self):
+    def watch(self) -> Any:
         return _never_end()
 
     # What a guest needs of a reader
 
-    def later(self, seconds, function):
+    def later(self, seconds: float, function: Callable[[], object]) -> Any:
         import asyncio
         return asyncio.get_running_loop().call_later(seconds, function)
 
-    def cancel(self, timer):
+    def cancel(self, timer: Any) -> None:
         timer.cancel()
 
 
