@@ -34,8 +34,6 @@ Python (3.9 or newer; and Ray for that mode) and may be copied into a project, u
 """
 from __future__ import annotations
 
-from __future__ import annotations
-
 __all__ = [
     "ALL_COMPLETED", "BaseFuture", "CallLimit", "CallTimeoutError", "ExecutionMode", "Executor", "FIRST_COMPLETED",
     "FIRST_EXCEPTION", "Limit", "LimitPool", "LimitSet", "LoadBalancingAlgorithm", "ProgressBar", "RateLimit",
