@@ -722,6 +722,7 @@ class BaseFuture(concurrent.futures.Future[T]):
 
     # Entries of __dict__: "_gate" the outcome, or a _Gate that holds it; "_claim" who was first,
     # the worker that begins the call or cancel(); "_call"; "_wakers" and "_callbacks", lists.
+    _call: Any
     if TYPE_CHECKING:
         def __init__(self) -> None: ...
     else:
@@ -1115,7 +1116,7 @@ def _color(value: Any) -> Any:
     raise ValueError
 
 
-def _count(value: Any) -> float:
+def _count(value: Any) -> Any:
     number = _number(value, "a count")
     if not -_LARGEST < number < _LARGEST:
         raise ValueError
@@ -3040,7 +3041,7 @@ _RATES: dict[RateLimitAlgorithm, type[_Rate]] = {
 _LARGEST = 1e100                # of amounts, capacities and windows: their products are finite
 
 
-def _number(value, what, key=""):
+def _number(value: Any, what: str, key: str = "") -> Any:
     """Return the value as an int or a float, no subclass; `what` it is, of which limit, stands in the error."""
     if type(value) in (int, float):
         return value
@@ -3049,7 +3050,7 @@ def _number(value, what, key=""):
     return int(value.__index__()) if hasattr(value, "__index__") else float(value)
 
 
-def _positive(value, what, expected="a number above 0"):
+def _positive(value: Any, what: str, expected: str = "a number above 0") -> Any:
     number = _number(value, what)
     if not 0 < number <= _LARGEST and number != math.inf:   # NaN is neither
         raise ValueError(f"{what}={value!r} is not possible: {expected}")
@@ -3063,18 +3064,20 @@ class Limit:
     cannot be changed; a LimitSet keeps the state.
     """
 
+    key: str
+    capacity: float
     is_automatic = True             # `acquire` takes 1 of it when it is not asked for
     is_whole = True
-    free_of_update = math.inf       # of more than so many it has to be told how many were used
+    free_of_update: float = math.inf        # of more than so many it has to be told how many were used
 
-    def __init__(self, key, capacity):
+    def __init__(self, key: str, capacity: float) -> None:
         if type(self) is Limit:
             raise TypeError("a Limit is a RateLimit, a CallLimit or a ResourceLimit: make one of those")
         if not isinstance(key, str):
             raise TypeError(f"the key of a limit must be a string, not {key!r}")
         self.__dict__.update(key=key, capacity=_positive(capacity, "capacity"))
 
-    def _amount(self, n):
+    def _amount(self, n: Any) -> Any:
         """Return an amount to acquire; raise ValueError or TypeError if it never can be."""
         if type(n) is int and 0 <= n <= self.capacity:
             return n
@@ -3086,19 +3089,19 @@ class Limit:
             raise _own_error(ValueError(f"cannot acquire {n} of {self.key!r}: its capacity is {self.capacity}"))
         return n
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{name!r} cannot be set: a limit is a description, and may be in use")
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return functools.partial(type(self), **vars(self)), ()
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((type(self), *vars(self).values()))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         told = (f"{name}={getattr(value, 'value', value)!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({', '.join(told)})"
 
@@ -3123,12 +3126,15 @@ class RateLimit(Limit):
     unknown name; TypeError for what is no number.
     """
 
+    window_seconds: float
+    algorithm: RateLimitAlgorithm
     is_automatic = False
     is_whole = False
-    free_of_update = 0
+    free_of_update = 0.0
 
-    def __init__(self, key, capacity, window_seconds=None, algorithm=RateLimitAlgorithm.SlidingWindow, *,
-                 window=None, per=None):
+    def __init__(self, key: str, capacity: float, window_seconds: float | str | None = None,
+                 algorithm: RateLimitAlgorithm | str = RateLimitAlgorithm.SlidingWindow, *,
+                 window: float | str | None = None, per: float | str | None = None) -> None:
         super().__init__(key, capacity)
         given = [span for span in (window_seconds, window, per) if span is not None]
         if len(given) != 1:
@@ -3140,7 +3146,7 @@ class RateLimit(Limit):
             raise ValueError("window_seconds=inf is not possible: a number of seconds above 0")
         self.__dict__.update(window_seconds=span, algorithm=RateLimitAlgorithm(algorithm))
 
-    def _state(self):
+    def _state(self) -> Any:
         if self.capacity == math.inf:
             return _Endless(self.capacity, 0)
         return _RATES[self.algorithm](self.capacity, math.ceil(self.window_seconds * 1_000_000_000))
@@ -3158,10 +3164,11 @@ class CallLimit(RateLimit):
 
     is_automatic = True
     is_whole = True
-    free_of_update = 1
+    free_of_update = 1.0
 
-    def __init__(self, capacity, window_seconds=None, algorithm=RateLimitAlgorithm.SlidingWindow, *,
-                 window=None, per=None, key="call_count"):
+    def __init__(self, capacity: float, window_seconds: float | str | None = None,
+                 algorithm: RateLimitAlgorithm | str = RateLimitAlgorithm.SlidingWindow, *,
+                 window: float | str | None = None, per: float | str | None = None, key: str = "call_count") -> None:
         super().__init__(key, capacity, window_seconds, algorithm, window=window, per=per)
         if self.capacity < 1:
             raise ValueError(f"capacity={capacity!r} is not possible for calls: a number from 1; "
@@ -3174,35 +3181,36 @@ class ResourceLimit(Limit):
     capacity: a whole number from 1. `acquire` takes 1 by itself, and the end of its block gives back.
     """
 
-    def __init__(self, key, capacity):
+    def __init__(self, key: str, capacity: float) -> None:
         super().__init__(key, capacity)
         if self.capacity == math.inf or self.capacity != int(self.capacity):
             raise ValueError(f"capacity={capacity!r} is not possible for a resource: a whole number from 1")
 
-    def _state(self):
+    def _state(self) -> Any:
         return _Slots(self.capacity)
 
 
 class _Ticket:
     """What somebody wants of a set's limits. Its home makes it so, whenever it is told to look at it."""
 
-    bell = None                 # rung when it is granted or refused, or `due` has changed
+    bell: Any = None            # rung when it is granted or refused, or `due` has changed
     may_wait = True
     is_granted = is_refused = False
     is_over = False             # to be given back, or not wanted any more
-    grants = None               # what it holds: [key, state, grant, amount], ...; None: nothing
-    loop = None                 # the event loop that it waits on
-    due = math.inf              # when the first in line may be granted, if this one has to look to it
-    usage = None                # amounts really used, by key, as far as they have been told
-    counted = None              # the `usage` that has been taken into account
-    owner = None                # the thread that is within its `with` block
-    home = number = None        # where it is away, and what it is known by on its way there
-    answer = None               # what came back beside the verdict: a reason, or statistics
+    grants: Any = None          # what it holds: [key, state, grant, amount], ...; None: nothing
+    loop: Any = None            # the event loop that it waits on
+    due: float = math.inf       # when the first in line may be granted, if this one has to look to it
+    usage: Any = None           # amounts really used, by key, as far as they have been told
+    counted: Any = None         # the `usage` that has been taken into account
+    owner: int | None = None    # the thread that is within its `with` block
+    home: Any = None            # where it is away, ...
+    number: Any = None          # ... and what it is known by on its way there
+    answer: Any = None          # what came back beside the verdict: a reason, or statistics
 
-    def __init__(self, wants):
+    def __init__(self, wants: Any) -> None:
         self.wants = wants      # amounts, by key
 
-    def withdraw(self):
+    def withdraw(self) -> None:
         """Say that it is not wanted; what has been granted was not used."""
         self.usage = dict.fromkeys(self.wants, 0)
         self.is_over = True
@@ -3219,17 +3227,17 @@ class _Desk:
 
     is_far = False
 
-    def __init__(self, limits, clock=time.monotonic_ns):
+    def __init__(self, limits: Iterable[Any], clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.states = {limit.key: limit._state() for limit in limits}
         self.clock = clock
-        self.line = collections.OrderedDict()   # tickets that wait
-        self.keepers = {}                       # the same, by the event loop that they wait on; None: on none
-        self.held = {}                          # tickets that were granted and are not over
-        self.todo = collections.deque()         # tickets that others have left here
+        self.line: collections.OrderedDict[_Ticket, None] = collections.OrderedDict()       # tickets that wait
+        self.keepers: dict[Any, Any] = {}       # the same, by the event loop that they wait on; None: on none
+        self.held: dict[_Ticket, None] = {}     # tickets that were granted and are not over
+        self.todo: collections.deque[_Ticket] = collections.deque()     # tickets that others have left here
         self.lock = threading.RLock()
         self.is_busy = False
 
-    def attend(self, ticket):
+    def attend(self, ticket: _Ticket) -> None:
         """Do what the ticket says: give, take back, correct, strike off. From any thread, at any time."""
         with self.lock:
             if self.is_busy:
@@ -3252,7 +3260,7 @@ class _Desk:
             if self.todo:               # left by a handler that came just before
                 self.attend(self.todo.popleft())
 
-    def move(self, token, way):
+    def move(self, token: bytes, way: Any) -> None:
         """Go on elsewhere, with all that is held and waited for: who has to do with this desk knows it as an _Away."""
         with self.lock:
             if self.is_busy and self._is_within():
@@ -3269,21 +3277,21 @@ class _Desk:
             for ticket in self.held:
                 ticket.grants = ()
             self.__dict__.update(vars(_Away(token, way)))
-            self.__class__ = _Away
+            self.__class__ = _Away  # type: ignore[assignment]
         for ticket in (*waiting, *self.todo):
             ticket.due = math.inf
             self.attend(ticket)
 
-    def _is_within(self):
+    def _is_within(self) -> bool:
         """Tell whether the desk is at work further up this stack: that may have been left by an exception."""
-        frame = sys._getframe(2)
+        frame: types.FrameType | None = sys._getframe(2)
         while frame is not None:
             if frame.f_code in (_Desk.attend.__code__, _Desk.move.__code__) and frame.f_locals["self"] is self:
                 return True
             frame = frame.f_back
         return False
 
-    def _make_so(self, ticket, now):
+    def _make_so(self, ticket: _Ticket, now: int) -> bool:
         """Do what one ticket says; tell whether those in line have to be looked at because of it."""
         if ticket.is_granted:
             if ticket.usage is not ticket.counted and ticket.grants is not None:
@@ -3314,8 +3322,9 @@ class _Desk:
             self._ring(ticket)
         return len(waiting) == 1 and len(self.line) > 1
 
-    def _grant(self, ticket, now):
+    def _grant(self, ticket: _Ticket, now: int) -> float:
         """Take all that the ticket wants, and return 0; or nothing, and return after how many nanoseconds to ask."""
+        wait: float
         states, wait = self.states, 0
         for key, n in ticket.wants.items():
             delay = states[key].delay(n, now)
@@ -3333,7 +3342,7 @@ class _Desk:
             self._ring(ticket)
         return 0
 
-    def _ring(self, ticket):
+    def _ring(self, ticket: _Ticket) -> Any:
         try:
             if ticket.bell is not None:
                 ticket.bell.wake()
@@ -3341,18 +3350,18 @@ class _Desk:
             ticket.withdraw()
             self.todo.append(ticket)
 
-    def _refuse(self, ticket):
+    def _refuse(self, ticket: _Ticket) -> None:
         ticket.is_refused = True
         self._ring(ticket)
 
-    def _leave_line(self, ticket):
+    def _leave_line(self, ticket: _Ticket) -> None:
         if self.line.pop(ticket, self) is None:
             waiting = self.keepers[ticket.loop]
             waiting.pop(ticket, None)
             if not waiting:
                 del self.keepers[ticket.loop]
 
-    def _work_off(self, now):
+    def _work_off(self, now: int) -> None:
         """Do what others have left, then grant from the head of the line on.
 
         When that has to wait until some time, the first on each event loop, and the first on none, keep the time: one
@@ -3376,7 +3385,7 @@ class _Desk:
             else:
                 self._leave_line(ticket)
 
-    def _correct(self, ticket, now):
+    def _correct(self, ticket: _Ticket, now: int) -> None:
         """Count what was really used instead of what was acquired."""
         for key, n in ticket.usage.items():
             parts = [part for part in ticket.grants if part[0] == key]
@@ -3395,7 +3404,7 @@ class _Desk:
                 more += back
         ticket.counted = ticket.usage
 
-    def _recover(self, ticket):
+    def _recover(self, ticket: _Ticket) -> None:
         """Go on after an exception of a signal handler, which may have come in the middle of anything."""
         for state in self.states.values():
             state.recount()
@@ -3415,10 +3424,10 @@ class _Desk:
                 self.todo.popleft()         # what raises twice would do so for everybody who comes
             raise
 
-    def seconds_until(self, due):
+    def seconds_until(self, due: float) -> float:
         return (due - self.clock()) / 1_000_000_000
 
-    def stats(self):
+    def stats(self) -> dict[str, Any]:
         with self.lock:
             if self.is_busy and self.is_far:
                 return self.stats()
@@ -3430,18 +3439,18 @@ class _Desk:
                     for key, state in self.states.items()}
 
 
-def _would_stall():
+def _would_stall() -> bool:
     """Tell whether waiting in this thread would stall an event loop that is not a worker's private one."""
     asyncio = sys.modules.get("asyncio")
     loop = asyncio and asyncio._get_running_loop()
     return loop is not None and loop not in _private_loops
 
 
-def _do_nothing(ticket):
+def _do_nothing(ticket: _Ticket) -> None:
     pass
 
 
-def _drop(home, ticket):
+def _drop(home: Any, ticket: _Ticket) -> None:
     """Have a request forgotten: nobody will use what it was granted."""
     ticket.withdraw()
     home.attend(ticket)
@@ -3451,7 +3460,8 @@ _STALLS = ("acquire() would have to wait here, and stall the event loop that it 
            "write `async with limits.async_acquire(...)`")
 _INTERRUPTS = ("limits cannot be acquired or looked at here: this is a signal handler or a finalizer, and has "
                "interrupted its own thread just while that acquired or gave back; try_acquire() does not wait")
-_sets = weakref.WeakValueDictionary()       # by token: what processes know a set by
+# By token: what processes know a set by.
+_sets: weakref.WeakValueDictionary[bytes, LimitSet] = weakref.WeakValueDictionary()
 
 
 class LimitSet:
@@ -3476,7 +3486,8 @@ class LimitSet:
     `limits[key]` is the Limit. Raises TypeError for what is no Limit, ValueError for a key that is there twice.
     """
 
-    def __init__(self, limits=(), shared=False, mode=None, config=None):
+    def __init__(self, limits: Limit | Iterable[Limit] = (), shared: bool = False, mode: object = None,
+                 config: Mapping[str, Any] | None = None) -> None:
         limits = (limits,) if isinstance(limits, Limit) else tuple(limits)
         for limit in limits:
             if not isinstance(limit, Limit):
@@ -3487,14 +3498,14 @@ class LimitSet:
             raise ValueError(f"two limits have the key {twice!r}: give one of them another key")
         self.config = types.MappingProxyType(dict(config or {}))
         self._limits = dict(zip(keys, limits))
-        self._automatic = {limit.key: 1 for limit in limits if limit.is_automatic}
+        self._automatic: dict[str, Any] = {limit.key: 1 for limit in limits if limit.is_automatic}
         self._free = _Free(self.config)
-        self._warned = set()
+        self._warned: set[Any] = set()
         self._token = os.urandom(12)
-        self._home = _Desk(limits)
+        self._home: Any = _Desk(limits)     # or an _Away
         _sets[self._token] = self
 
-    def acquire(self, requested=None, timeout=None):
+    def acquire(self, requested: Mapping[str, float] | None = None, timeout: float | None = None) -> _Acquisition:
         """Take some of each limit, all at once; wait until that is possible. Use it with `with`.
 
         requested: a dict of amounts by key. What it leaves out is acquired with 1 if it is a call or
@@ -3507,7 +3518,7 @@ class LimitSet:
         a `with` block that holds the resource (as far as that is known: in the process where the set was made).
         """
         if not self._limits:
-            return self._free
+            return self._free       # type: ignore[return-value]
         wants, owed = self._plan(requested, timeout)
         home, ticket = self._home, _Ticket(wants)
         if home.is_far and _would_stall():
@@ -3525,23 +3536,24 @@ class LimitSet:
             _drop(home, ticket)
             raise
 
-    def try_acquire(self, requested=None):
+    def try_acquire(self, requested: Mapping[str, float] | None = None) -> _Acquisition:
         """Do what `acquire` does without waiting: what it returns tells by `.successful` whether all was there."""
         if not self._limits:
-            return self._free
+            return self._free       # type: ignore[return-value]
         wants, owed = self._plan(requested)
         return self._try(self._home, _Ticket(wants), owed)
 
-    def async_acquire(self, requested=None, timeout=None):
+    def async_acquire(self, requested: Mapping[str, float] | None = None,
+                      timeout: float | None = None) -> _AsyncAcquire:
         """Do what `acquire` does without blocking the event loop: use it with `async with`, or await it.
 
         A task that is cancelled while it waits has taken nothing.
         """
         if not self._limits:
-            return self._free
+            return self._free       # type: ignore[return-value]
         return _AsyncAcquire(functools.partial(self._acquire_async, *self._plan(requested, timeout), timeout))
 
-    def get_stats(self):
+    def get_stats(self) -> dict[str, dict[str, Any]]:
         """Return by key a dict of what the limit is, and `in_use`, `available`, `waiting` requests, amount `granted`.
 
         For a rate `in_use` is what counts against the window now.
@@ -3549,7 +3561,8 @@ class LimitSet:
         stats = self._home.stats() if self._limits else {}
         return {key: {**vars(limit), **stats[key]} for key, limit in self._limits.items()}
 
-    def _plan(self, requested, timeout=None):
+    def _plan(self, requested: Mapping[str, float] | None,
+              timeout: float | None = None) -> tuple[dict[str, Any], Sequence[str]]:
         """Return the amounts to acquire, by key, and the keys of which the usage has to be told."""
         if timeout is not None:
             _number_of_seconds(timeout)
@@ -3557,7 +3570,8 @@ class LimitSet:
             return self._automatic, ()
         if type(requested) is not dict and not isinstance(requested, collections.abc.Mapping):
             raise TypeError(f"requested must be a dict such as {{'tokens': 100}}, not {requested!r}")
-        wants, owed = self._automatic.copy(), []
+        wants: dict[str, Any] = self._automatic.copy()
+        owed = []
         for key, n in requested.items():
             limit = self._limits.get(key)
             if limit is None:
@@ -3570,7 +3584,7 @@ class LimitSet:
                 del wants[key]
         return wants, owed
 
-    def _check(self, wants, usage):
+    def _check(self, wants: Mapping[str, Any] | None, usage: Mapping[str, Any] | None) -> None:
         """Raise a KeyError, TypeError or ValueError for what no LimitSet would ask: a worker may be out of its mind."""
         for key, n in (wants or {}).items():
             self._limits[key]._amount(n)
@@ -3578,14 +3592,14 @@ class LimitSet:
             if key not in self._limits or not 0 <= n <= _LARGEST:
                 raise ValueError(f"usage {n!r} of {key!r}")
 
-    def _warn_unknown(self, key, level):
+    def _warn_unknown(self, key: Any, level: int) -> None:
         if key not in self._warned:
             self._warned.add(key)
             import warnings
             warnings.warn(f"there is no limit {key!r} in {self!r}: it is ignored{_nearest(key, self._limits)}",
                           stacklevel=level)
 
-    def _try(self, home, ticket, owed):
+    def _try(self, home: Any, ticket: _Ticket, owed: Sequence[str]) -> _Acquisition:
         ticket.may_wait = False
         try:
             home.attend(ticket)
@@ -3601,7 +3615,7 @@ class LimitSet:
             _drop(home, ticket)
             raise
 
-    def _wait(self, home, ticket, timeout):
+    def _wait(self, home: Any, ticket: _Ticket, timeout: float | None) -> None:
         if not home.is_far and ticket in home.todo:
             raise RuntimeError(_INTERRUPTS)
         if _here.reader is not None:
@@ -3615,7 +3629,7 @@ class LimitSet:
         for seconds in self._steps(home, ticket, timeout):
             ticket.bell.sleep(seconds)
 
-    async def _acquire_async(self, wants, owed, timeout):
+    async def _acquire_async(self, wants: dict[str, Any], owed: Sequence[str], timeout: float | None) -> _Acquisition:
         import asyncio
         home, ticket = self._home, _Ticket(wants)
         ticket.bell, ticket.loop = _Bell(), asyncio.get_running_loop()
@@ -3628,7 +3642,7 @@ class LimitSet:
             _drop(home, ticket)
             raise
 
-    def _refuse_to_wait_for_own(self, home, ticket):
+    def _refuse_to_wait_for_own(self, home: _Desk, ticket: _Ticket) -> None:
         """Raise a RuntimeError where what this thread holds itself, by `with`, will never be free."""
         with home.lock:
             mine = [held.wants for held in home.held if held.owner == threading.get_ident()]
@@ -3640,10 +3654,10 @@ class LimitSet:
                     f"{limit.capacity}, in a `with` block around this; acquire all of it there, or less here"))
 
     @staticmethod
-    def _timeout(ticket, timeout):
+    def _timeout(ticket: _Ticket, timeout: float | None) -> BaseException:
         return _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
 
-    def _steps(self, home, ticket, timeout):
+    def _steps(self, home: Any, ticket: _Ticket, timeout: float | None) -> Iterator[float | None]:
         """Yield the seconds to sleep on the bell, None: until it rings, while the ticket is not granted."""
         deadline = _deadline(timeout)
         while not ticket.is_granted:
@@ -3659,19 +3673,19 @@ class LimitSet:
                 wait = due if not left else min(left, due)
                 yield None if wait == _NEVER else wait
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Limit:
         return self._limits[key]
 
-    def __contains__(self, key):
+    def __contains__(self, key: object) -> bool:
         return key in self._limits
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._limits)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"LimitSet([{', '.join(map(repr, self._limits.values()))}])"
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         if self is _UNLIMITED:
             return _limits_for_worker, (None,)
         if _here.kept is not None:
@@ -3688,17 +3702,18 @@ class _Acquisition:
 
     __slots__ = "_limits", "_home", "_ticket", "_owed"
 
-    def __init__(self, limits, home, ticket, owed):
+    def __init__(self, limits: LimitSet, home: Any, ticket: _Ticket, owed: Sequence[str]) -> None:
         self._limits, self._home, self._ticket, self._owed = limits, home, ticket, owed
+
     @property
-    def successful(self):
+    def successful(self) -> bool:
         return self._ticket.is_granted
 
     @property
-    def config(self):
+    def config(self) -> Mapping[str, Any]:
         return self._limits.config
 
-    def update(self, usage=None):
+    def update(self, usage: Mapping[str, float] | None = None) -> None:
         """Tell what was really used of rate and call limits, by key; None: what was acquired.
 
         Less is given back at once, more is charged, with a warning. A later call corrects an earlier one.
@@ -3732,7 +3747,7 @@ class _Acquisition:
             warnings.warn(f"more was used than acquired, and is charged: {over}; acquired were {ticket.wants}",
                           stacklevel=2)
 
-    def release(self):
+    def release(self) -> None:
         """Give back what is held; of rates, what was acquired counts as used unless `update` has told."""
         ticket = self._ticket
         if not ticket.is_over:
@@ -3740,11 +3755,11 @@ class _Acquisition:
             self._home.attend(ticket)
             self.__class__ = _Acquisition
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._ticket.owner = threading.get_ident()
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         ticket = self._ticket
         if not ticket.is_over:
             ticket.is_over = True
@@ -3753,24 +3768,24 @@ class _Acquisition:
             if self._owed and kind is None:
                 self._check_told(ticket.usage or ())
 
-    def _check_told(self, usage):
+    def _check_told(self, usage: Container[str]) -> None:
         missing = [key for key in self._owed if key not in usage]
         if missing:
             raise _own_error(RuntimeError(
                 f"what was used of {', '.join(map(repr, missing))} was not told, and all that was acquired counts "
                 f"as used: call update({{{missing[0]!r}: ...}}) within the block"))
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind, error, traceback):
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
         self.__exit__(kind, error, traceback)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         state = "refused" if not self.successful else "ended" if self._ticket.is_over else "held"
         return f"<acquisition of {self._ticket.wants}: {state}>"
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise _pickle().PicklingError("an acquisition cannot travel to another process: acquire there")
 
 
@@ -3781,7 +3796,7 @@ class _Held(_Acquisition):
 
     __slots__ = ()
 
-    def __del__(self):
+    def __del__(self) -> None:
         ticket = getattr(self, "_ticket", None)
         if ticket is not None and ticket.grants is not None:
             ticket.is_over = True
@@ -3791,20 +3806,20 @@ class _Held(_Acquisition):
 class _AsyncAcquire:
     """What `async_acquire` returns: to be awaited, or used with `async with`."""
 
-    def __init__(self, acquire):
+    def __init__(self, acquire: Callable[[], Coroutine[Any, Any, _Acquisition]]) -> None:
         self._acquire = acquire
 
-    def __await__(self):
+    def __await__(self) -> Generator[Any, Any, _Acquisition]:
         return self._acquire().__await__()
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> _Acquisition:
         self._acquired = await self._acquire()
         return self._acquired
 
-    async def __aexit__(self, *exc_info):
+    async def __aexit__(self, *exc_info: Any) -> None:
         self._acquired.__exit__(*exc_info)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "<async_acquire: to be awaited>"
 
     __reduce__ = _Acquisition.__reduce__
@@ -3815,32 +3830,32 @@ class _Free:
 
     successful = True
 
-    def __init__(self, config):
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
 
-    def update(self, usage=None):
+    def update(self, usage: object = None) -> None:
         pass
 
-    def release(self):
+    def release(self) -> None:
         pass
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         return None
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *exc_info):
+    async def __aexit__(self, *exc_info: object) -> None:
         return None
 
-    def __await__(self):
+    def __await__(self) -> Generator[Any, Any, Self]:
         return self
         yield
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "<acquisition of nothing: there are no limits>"
 
 
@@ -3858,7 +3873,9 @@ class LimitPool:
     `pool[n]` is the n-th set. Raises TypeError for what is no LimitSet; ValueError for none, and for other algorithms.
     """
 
-    def __init__(self, limit_sets, load_balancing=LoadBalancingAlgorithm.RoundRobin, worker_index=0):
+    def __init__(self, limit_sets: Iterable[LimitSet],
+                 load_balancing: LoadBalancingAlgorithm | str = LoadBalancingAlgorithm.RoundRobin,
+                 worker_index: int = 0) -> None:
         self._sets = tuple(limit_sets)
         for each in self._sets:
             if not isinstance(each, LimitSet):
@@ -3871,72 +3888,73 @@ class LimitPool:
         self.worker_index = _parse("worker_index", worker_index, {"worker_index": _whole(0, none=False)})
         self._turns = itertools.count(self.worker_index)
 
-    def acquire(self, requested=None, timeout=None):
+    def acquire(self, requested: Mapping[str, float] | None = None, timeout: float | None = None) -> _Acquisition:
         """Take it from the set whose turn it is, or from another that has it now; see LimitSet.acquire."""
         sets = self._in_turn(requested)
         return self._from_any(sets, requested) or sets[0].acquire(requested, timeout)
 
-    def try_acquire(self, requested=None):
+    def try_acquire(self, requested: Mapping[str, float] | None = None) -> _Acquisition:
         """Take it from any set that has it now; see LimitSet.try_acquire."""
         sets = self._in_turn(requested)
         return self._from_any(sets, requested) or sets[0].try_acquire(requested)
 
-    def async_acquire(self, requested=None, timeout=None):
+    def async_acquire(self, requested: Mapping[str, float] | None = None,
+                      timeout: float | None = None) -> _AsyncAcquire:
         """Do what `acquire` does without blocking the event loop; see LimitSet.async_acquire."""
         return _AsyncAcquire(functools.partial(self._acquire_async, self._in_turn(requested), requested, timeout))
 
-    async def _acquire_async(self, sets, requested, timeout):
+    async def _acquire_async(self, sets: list[LimitSet], requested: Mapping[str, float] | None,
+                             timeout: float | None) -> _Acquisition:
         return self._from_any(sets, requested) or await sets[0].async_acquire(requested, timeout)
 
-    def get_stats(self):
+    def get_stats(self) -> list[dict[str, dict[str, Any]]]:
         """Return a list: the statistics of each set, see LimitSet.get_stats."""
         return [each.get_stats() for each in self._sets]
 
-    def _in_turn(self, requested):
+    def _in_turn(self, requested: Mapping[str, float] | None) -> list[LimitSet]:
         """Return the sets that can ever grant it, first the one whose turn it is."""
         if self.load_balancing is LoadBalancingAlgorithm.Random:
             import random
             first = random.randrange(len(self._sets))
         else:
             first = next(self._turns) % len(self._sets)
-        able = []
+        able: list[LimitSet] = []
         for each in self._sets[first:] + self._sets[:first]:
             try:
                 each._plan(requested)
                 able.append(each)
             except ValueError as error:
-                refusal = error
-        if not able:
-            raise refusal
+                if each is self._sets[first - 1] and not able:      # the last one
+                    raise error
         return able
 
     @staticmethod
-    def _from_any(sets, requested):
+    def _from_any(sets: list[LimitSet], requested: Mapping[str, float] | None) -> _Acquisition | None:
         for each in sets:
             acquired = each.try_acquire(requested)
             if acquired.successful:
                 return acquired
         return None
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> LimitSet:
         return self._sets[index]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._sets)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"LimitPool({list(self._sets)!r}, {self.load_balancing.value!r})"
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return _limit_pool, (self._sets, self.load_balancing, self.worker_index)
 
 
-def _limit_pool(limit_sets, load_balancing, worker_index):
+def _limit_pool(limit_sets: Iterable[LimitSet], load_balancing: LoadBalancingAlgorithm, worker_index: int) -> LimitPool:
     """Load a LimitPool: in a worker process its round begins with the worker."""
     return LimitPool(limit_sets, load_balancing, worker_index + _worker_index)
 
 
-def _read_limits(value):
+def _read_limits(value: Any) -> Any:
     """Read the option: what is given stays a description until a worker is made."""
     if value is None or isinstance(value, (LimitSet, LimitPool)):
         return value
@@ -3953,11 +3971,11 @@ def _read_limits(value):
     return limits
 
 
-def _sets_in(limits):
+def _sets_in(limits: LimitSet | LimitPool) -> tuple[LimitSet, ...]:
     return (limits,) if isinstance(limits, LimitSet) else limits._sets
 
 
-def _limits_for_worker(option):
+def _limits_for_worker(option: Any) -> LimitSet | LimitPool:
     """Return the limits that a worker or pool is given: a list makes a set of its own."""
     if option is None:
         return _UNLIMITED
@@ -3967,21 +3985,21 @@ def _limits_for_worker(option):
 
 
 _UNLIMITED = LimitSet()
-_WITHOUT = _UNLIMITED, None, None
+_WITHOUT: tuple[Any, Any, Any] = _UNLIMITED, None, None
 _worker_index = 0               # of the worker process that this is
 
 # By id: a worker's object may be frozen, have slots, or replace its __dict__ in its constructor.
-_limits_of = {}
+_limits_of: dict[int, tuple[Any, Any, Any]] = {}
 
 
-def _give_limits(target, limits, runner=None):
+def _give_limits(target: Any, limits: LimitSet | LimitPool, runner: _Runner | None = None) -> None:
     """Let `self.limits` of a worker's object be these, as long as it lives; `runner` retries what it calls itself."""
     number = id(target)
     follow = weakref.ref(target, lambda _: _limits_of.pop(number, None)) if type(target).__weakrefoffset__ else None
     _limits_of[number] = limits, runner, follow
 
 
-def _runner_of(target):
+def _runner_of(target: Any) -> Any:
     """Return the runner of an object that lives in a worker with retries, else None."""
     return _limits_of.get(id(target), _WITHOUT)[1]
 
@@ -3993,10 +4011,10 @@ class _RoundRobin:
 
     algorithm = "RoundRobin"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.turn = 0
 
-    def choose(self, backends, room):
+    def choose(self, backends: list[Any], room: float) -> Any:
         for _ in backends:
             backend = backends[self.turn % len(backends)]
             self.turn = (self.turn + 1) % len(backends)
@@ -4004,7 +4022,7 @@ class _RoundRobin:
                 return backend
         return None
 
-    def stats(self, backends):
+    def stats(self, backends: list[Any]) -> dict[str, Any]:
         return {}
 
 
@@ -4013,12 +4031,12 @@ class _LeastActive:
 
     algorithm = "LeastActiveLoad"
 
-    def choose(self, backends, room):
+    def choose(self, backends: list[Any], room: float) -> Any:
         loads = [len(backend.calls) for backend in backends]
-        fewest = min(loads, default=room)
+        fewest: Any = min(loads, default=room)
         return backends[loads.index(fewest)] if fewest < room else None
 
-    def stats(self, backends):
+    def stats(self, backends: list[Any]) -> dict[str, Any]:
         active = {backend.index: len(backend.calls) for backend in backends}
         return {"active_calls": active, "total_active": sum(active.values())}
 
@@ -4028,11 +4046,11 @@ class _LeastTotal:
 
     algorithm = "LeastTotalLoad"
 
-    def choose(self, backends, room):
+    def choose(self, backends: list[Any], room: float) -> Any:
         free = [backend for backend in backends if len(backend.calls) < room]
         return min(free, key=lambda backend: backend.total, default=None)
 
-    def stats(self, backends):
+    def stats(self, backends: list[Any]) -> dict[str, Any]:
         return {"total_calls": {backend.index: backend.total for backend in backends}}
 
 
@@ -4041,19 +4059,19 @@ class _Random:
 
     algorithm = "Random"
 
-    def __init__(self):
+    def __init__(self) -> None:
         import random
         self.pick = random.choice
 
-    def choose(self, backends, room):
+    def choose(self, backends: list[Any], room: float) -> Any:
         free = [backend for backend in backends if len(backend.calls) < room]
         return self.pick(free) if free else None
 
-    def stats(self, backends):
+    def stats(self, backends: list[Any]) -> dict[str, Any]:
         return {}
 
 
-_BALANCERS = {
+_BALANCERS: dict[LoadBalancingAlgorithm, Any] = {
     LoadBalancingAlgorithm.RoundRobin: _RoundRobin,
     LoadBalancingAlgorithm.LeastActiveLoad: _LeastActive,
     LoadBalancingAlgorithm.LeastTotalLoad: _LeastTotal,
@@ -4064,48 +4082,50 @@ _BALANCERS = {
 # === Calls and runners ===
 
 _now = time.monotonic   # each call asks three times
-_NO_KWARGS = {}         # one for all that wait: the garbage collector looks at each dict again and again
+_NO_KWARGS: dict[str, Any] = {}         # one for all that wait: the garbage collector looks at each dict again and again
 
 
 class _Call:
     """A method and its arguments on the way to a worker, and the future of what comes of it."""
 
-    message = None              # where it goes to a process: the parts of its message ...
-    shared = None               # ... the function that has to be there first, ...
-    dependencies = ()           # ... to Ray: ObjectRefs of what it brings itself, ...
-    link = None                 # ... where it was sent, ...
-    deaths = ()                 # ... and the processes that died while they ran it
-    task = None                 # the asyncio task that carries it out
-    steps = None                # the retry loop of a plain method in asyncio mode, ...
+    message: Any = None         # where it goes to a process: the parts of its message ...
+    shared: Any = None          # ... the function that has to be there first, ...
+    dependencies: Any = ()      # ... to Ray: ObjectRefs of what it brings itself, ...
+    link: Any = None            # ... where it was sent, ...
+    deaths: tuple[Any, ...] = ()        # ... and the processes that died while they ran it
+    task: Any = None            # the asyncio task that carries it out
+    steps: Any = None           # the retry loop of a plain method in asyncio mode, ...
     is_again = False            # ... which has put it in line once more
     is_unwanted = False         # it is to be ended wherever it runs
     is_late = False             # it had to wait for futures among its arguments
     count = 1                   # how many calls of the user's it stands for
-    alarm = None                # the timer of its `call_timeout`
-    overran = None              # that it had, in seconds, and has exceeded
+    alarm: Any = None           # the timer of its `call_timeout`
+    overran: float | None = None        # that it had, in seconds, and has exceeded
 
-    def __init__(self, pool, future, method, args, kwargs):
+    def __init__(self, pool: _Pool, future: BaseFuture[Any], method: str, args: tuple[Any, ...],
+                 kwargs: dict[str, Any]) -> None:
         self.pool = pool
         self.future = future
         self.method = method
-        self.args = args
-        self.kwargs = kwargs or _NO_KWARGS
-        self.context = contextvars.copy_context()
+        self.args: Any = args
+        self.kwargs: Any = kwargs or _NO_KWARGS
+        self.context: Any = contextvars.copy_context()
         self.since = _now()           # when it was submitted, or the last future among its arguments was done
-        self.began = None           # when, as far as that is known here
-        self.backend = None         # where it was placed
-        self.gate = None            # a lock that the thread which submits it sleeps on
-        self.watch = None           # while it waits for futures among its arguments
+        self.began: float | None = None     # when, as far as that is known here
+        self.backend: Any = None    # where it was placed
+        self.gate: Any = None       # a lock that the thread which submits it sleeps on
+        self.watch: Any = None      # while it waits for futures among its arguments
 
-    def reason(self, cause):
+    def reason(self, cause: BaseException) -> BaseException:
         """Return what the call fails with if nobody takes it any more: the cause, or what it has died of before."""
         if not self.deaths:
             return cause
-        error = self.pool.kind.death_in(self)
+        kind: Any = self.pool.kind
+        error: BaseException = kind.death_in(self)
         error.__cause__ = cause
         return error
 
-    def open_gate(self):
+    def open_gate(self) -> None:
         gate, self.gate = self.gate, None
         if gate is not None:
             try:
@@ -4113,11 +4133,11 @@ class _Call:
             except RuntimeError:        # the other one who found it was quicker
                 pass
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"of {self.pool.name}.{self.method}"
 
 
-def _is_async(fn):
+def _is_async(fn: Any) -> bool:
     """Tell whether calling `fn` gives a coroutine, without importing inspect."""
     while isinstance(fn, (functools.partial, types.MethodType)):
         fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
@@ -4125,19 +4145,19 @@ def _is_async(fn):
     return code is not None and bool(code.co_flags & 0x180)     # CO_COROUTINE, CO_ITERABLE_COROUTINE
 
 
-def _definitions(cls):
+def _definitions(cls: type) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of what the user's class and its bases define."""
     for base in cls.__mro__:
         if base not in (object, Worker, TaskWorker):
             yield from vars(base).items()
 
 
-def _without_our_frame(error):
+def _without_our_frame(error: BaseException) -> BaseException:
     """Take our own frame off the traceback: it says nothing, and makes a cycle with the call."""
     return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
 
 
-def _attempt(fn, args, kwargs):
+def _attempt(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
     """Call; return (kind, value)."""
     try:
         return _RESULT, fn(*args, **kwargs)
@@ -4148,7 +4168,8 @@ def _attempt(fn, args, kwargs):
 class _Recipe:
     """How to build the user's object, again if need be."""
 
-    def __init__(self, cls, args, kwargs, bound, options):
+    def __init__(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Any,
+                 options: Any) -> None:
         self.cls, self.args, self.kwargs = cls, args, kwargs
         self.bound = bound          # the function that a TaskWorker always calls
         self.name = options.name or cls.__name__        # of the worker, before its number
@@ -4159,7 +4180,7 @@ class _Recipe:
         self.config = copy.copy(global_config)      # as it is here and now
         self.async_names = {name for name, value in _definitions(cls) if _is_async(getattr(value, "__func__", value))}
 
-    def build(self):
+    def build(self) -> Any:
         if self.initializer is not None:
             self.initializer(*self.initargs, **self.initkwargs)
         around = _here.made
@@ -4167,13 +4188,13 @@ class _Recipe:
         try:
             return self.cls(*self.args, **self.kwargs)
         except BaseException:
-            _limits_of.pop(_here.made, None)
+            _limits_of.pop(_here.made, None)    # type: ignore[call-overload]
             raise
         finally:
             _here.building, _here.made = None, around
 
 
-_private_loops = weakref.WeakSet()          # on which nothing runs but the call that may block them
+_private_loops: weakref.WeakSet[Any] = weakref.WeakSet()    # on which nothing runs but the call that may block them
 
 
 class _Runner:
@@ -4182,15 +4203,15 @@ class _Runner:
     Made, used and closed in the worker's own thread, and so is the object.
     """
 
-    def __init__(self, recipe, halt, loop=None):
+    def __init__(self, recipe: _Recipe, halt: _Halt, loop: Any = None) -> None:
         self._loop, self._owns_loop = loop, loop is None
         self._async_names = recipe.async_names
         if self._owns_loop and self._async_names:
             self._own_loop()
         self.halt = halt
-        self.target = None
+        self.target: Any = None
         self.retries = _retries_by_method(recipe)
-        self.wrappers = {}
+        self.wrappers: dict[str, Any] = {}
         self.class_name = recipe.cls.__name__
         try:
             self.target = recipe.build()
@@ -4201,12 +4222,12 @@ class _Runner:
         if self.retries and not isinstance(self.target, TaskWorker):
             self.wrappers = {name: _retry_within(type(self.target), name) for name in self.retries}
 
-    def attempt(self, method, args, kwargs):
+    def attempt(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
         """Call the method once; return (kind, value), where the value may be a coroutine still to be run."""
         bound = getattr(self.target, method)
         return _attempt(_bare(bound) if self.retries else bound, args, kwargs)
 
-    def attempts(self, method, args, kwargs):
+    def attempts(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the retry loop for a call, to be driven; None if it is made once."""
         retries = self.retries.get(method)
         if retries is None:
@@ -4216,7 +4237,7 @@ class _Runner:
             method = getattr(fn, "__name__", method)
         return retries.attempts(method, self.class_name, args, kwargs)
 
-    def outcome(self, calling, method, args, kwargs):
+    def outcome(self, calling: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
         """Carry out a call in this thread and context, a coroutine to its end; return (kind, value).
 
         What runs can tell by `calling` what it is part of.
@@ -4230,31 +4251,33 @@ class _Runner:
         except BaseException as error:      # of the event loop itself
             return _ERROR, error
 
-    def _once(self, method, args, kwargs):
+    def _once(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
         outcome = self.attempt(method, args, kwargs)
         return self._complete(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
 
-    async def outcome_async(self, method, args, kwargs):
+    async def outcome_async(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
         """Do the same on the running loop, without blocking it."""
         if self.retries:
             once = functools.partial(self._once_async, method, args, kwargs)
             return await self.again_async(method, args, kwargs, once)
         return await self._once_async(method, args, kwargs)
 
-    async def _once_async(self, method, args, kwargs):
+    async def _once_async(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
         outcome = self.attempt(method, args, kwargs)
         return await _captured(outcome[1]) if isinstance(outcome[1], types.CoroutineType) else outcome
 
-    def again(self, method, args, kwargs, run):
+    def again(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+              run: Callable[[], tuple[str, Any]]) -> tuple[str, Any]:
         """Return what `run()` comes to, which makes the call: once, or as often as the method is tried."""
         steps = self.attempts(method, args, kwargs)
         return run() if steps is None else _drive(steps, run, self.halt)
 
-    async def again_async(self, method, args, kwargs, run):
+    async def again_async(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+                          run: Callable[[], Awaitable[tuple[str, Any]]]) -> tuple[str, Any]:
         steps = self.attempts(method, args, kwargs)
         return await run() if steps is None else await _drive_async(steps, run, self.halt)
 
-    def call_within(self, name, method, args, kwargs):
+    def call_within(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call by another method of the object: return its result, or a coroutine, or raise."""
         steps = self.attempts(name, args, kwargs)
         next(steps)                         # that is: run it
@@ -4263,20 +4286,21 @@ class _Runner:
             return self._await_rest(steps, outcome[1], method, args, kwargs)
         return _result_of(*_drive(_resumed(steps, outcome), lambda: _attempt(method, args, kwargs), self.halt))
 
-    async def _await_rest(self, steps, coroutine, method, args, kwargs):
+    async def _await_rest(self, steps: Any, coroutine: Any, method: Callable[..., Any], args: tuple[Any, ...],
+                          kwargs: dict[str, Any]) -> Any:
         return _result_of(*await self.go_on(steps, coroutine, lambda: _captured(method(*args, **kwargs))))
 
-    async def go_on(self, steps, coroutine, run):
+    async def go_on(self, steps: Any, coroutine: Any, run: Callable[[], Awaitable[tuple[str, Any]]]) -> tuple[str, Any]:
         """Go on with a retry loop, None: there is none, whose call has returned a coroutine."""
         outcome = await _captured(coroutine)
         return outcome if steps is None else await _drive_async(_resumed(steps, outcome), run, self.halt)
 
-    def is_async(self, call):
+    def is_async(self, call: Any) -> bool:
         """Tell whether the call belongs on the event loop."""
         return call.method in self._async_names or (
             isinstance(self.target, TaskWorker) and self.target._is_async(call))
 
-    def close(self):
+    def close(self) -> None:
         """Drop the object, here, and end its loop."""
         number = id(self.target)
         try:
@@ -4290,7 +4314,7 @@ class _Runner:
         except BaseException:
             logger.exception("exception while a worker was closed")
 
-    def _own_loop(self):
+    def _own_loop(self) -> Any:
         if self._loop is None:
             import asyncio
             self._loop = asyncio.new_event_loop()
@@ -4299,7 +4323,7 @@ class _Runner:
                 asyncio.set_event_loop(self._loop)
         return self._loop
 
-    def _complete(self, coroutine):
+    def _complete(self, coroutine: Any) -> tuple[str, Any]:
         """Run a coroutine to its end on this worker's loop, though another may run in this thread."""
         import asyncio
         loop = self._own_loop()
@@ -4308,14 +4332,15 @@ class _Runner:
             _private_loops.add(loop)
         with _OtherLoop():
             try:
-                return loop.run_until_complete(_captured(coroutine))
+                return loop.run_until_complete(_captured(coroutine))    # type: ignore[no-any-return]
             finally:
                 if loop is not self._loop:
                     _close_loop(loop)
 
 
-def _retries_by_method(recipe):
+def _retries_by_method(recipe: _Recipe) -> dict[str, _Retries]:
     """Return a _Retries for each method whose calls are ever made again, or validated."""
+    made: dict[str, _Retries]
     cls, made = recipe.cls, {}
     if not (recipe.retries["num_retries"] or recipe.retries["retry_until"]):
         return made
@@ -4325,7 +4350,7 @@ def _retries_by_method(recipe):
         names = {name for base in cls.__mro__ if base.__module__.partition(".")[0] not in _MODELS
                  for name in vars(base) if not name.startswith("_") and base not in (object, Worker)}
     for name in names:
-        chosen = {option: value.get("submit" if name == "__call__" and name not in value else name, value["*"])
+        chosen: Any = {option: value.get("submit" if name == "__call__" and name not in value else name, value["*"])
                   if isinstance(value, dict) else value for option, value in recipe.retries.items()}
         if (chosen["num_retries"] or chosen["retry_until"]) and callable(getattr(cls, name, None)):
             made[name] = _Retries(**chosen)
@@ -4335,19 +4360,19 @@ def _retries_by_method(recipe):
 _MODELS = ("pydantic", "morphic")       # whose own methods are not the worker's
 
 
-def _bare(method):
+def _bare(method: Any) -> Any:
     """Return a bound method without the retries of `_retry_within`."""
     bare = _bare_of(getattr(method, "__func__", None))
     return method if bare is None else bare.__get__(method.__self__)
 
 
-def _bare_of(fn):
+def _bare_of(fn: Any) -> Any:
     """Return the function that one of `_retry_within` wraps, else None: a decorator may have copied its attributes."""
     wrapper, bare = getattr(fn, "_retries", (None, None))
     return bare if wrapper is fn else None
 
 
-def _retry_within(cls, name):
+def _retry_within(cls: type, name: str) -> Any:
     """Have `self.name()` in the methods of a worker's object retried by its own settings.
 
     The class is changed, for an object may be frozen, have slots or be a model. Objects that live in no
@@ -4360,27 +4385,27 @@ def _retry_within(cls, name):
         return bare
     bare = _bare_of(bare) or bare
 
-    def call(self, /, *args, **kwargs):
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         runner = _runner_of(self)
         method = functools.partial(bare, self)
         if runner is None or runner.wrappers.get(name) is not wrapper:      # no worker's object, or by way of super()
             return method(*args, **kwargs)
         return runner.call_within(name, method, args, kwargs)
 
-    async def call_async(self, /, *args, **kwargs):
+    async def call_async(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         runner = _runner_of(self)
         method = functools.partial(bare, self)
         if runner is None or runner.wrappers.get(name) is not wrapper:
             return await method(*args, **kwargs)
         return _result_of(*await runner.again_async(name, args, kwargs, lambda: _captured(method(*args, **kwargs))))
 
-    wrapper = functools.wraps(bare)(call_async if _is_async(bare) else call)
+    wrapper: Any = functools.wraps(bare)(call_async if _is_async(bare) else call)
     wrapper._retries = wrapper, bare
     setattr(cls, name, wrapper)
     return wrapper
 
 
-def _result_of(kind, value):
+def _result_of(kind: str, value: Any) -> Any:
     """Return a result, or raise what was raised instead."""
     if kind is _RESULT:
         return value
@@ -4393,7 +4418,7 @@ def _result_of(kind, value):
 class _OtherLoop:
     """Within it this thread may run an event loop, though it is in the middle of another one."""
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         import asyncio
         self.outer = asyncio._get_running_loop()
         self.task = self.outer and asyncio.current_task(self.outer)
@@ -4401,14 +4426,14 @@ class _OtherLoop:
             asyncio.tasks._leave_task(self.outer, self.task)
         asyncio._set_running_loop(None)
 
-    def __exit__(self, *exc_info):
+    def __exit__(self, *exc_info: object) -> None:
         import asyncio
         asyncio._set_running_loop(self.outer)
         if self.task:
             asyncio.tasks._enter_task(self.outer, self.task)
 
 
-async def _captured(coroutine):
+async def _captured(coroutine: Awaitable[Any]) -> tuple[str, Any]:
     """Await and return (kind, value): SystemExit and its like would end the loop."""
     try:
         return _RESULT, await coroutine
@@ -4416,7 +4441,7 @@ async def _captured(coroutine):
         return _ERROR, _without_our_frame(error)
 
 
-def _close_loop(loop):
+def _close_loop(loop: Any) -> None:
     """Cancel what is left on an event loop that no longer runs, and close it."""
     import asyncio
     tasks = asyncio.all_tasks(loop)
@@ -4428,7 +4453,7 @@ def _close_loop(loop):
     loop.close()
 
 
-def _carry_out(runner, call):
+def _carry_out(runner: _Runner, call: _Call) -> None:
     """Run the call in this thread and settle its future, unless it was cancelled."""
     context = call.context              # None if it has been settled
     if context is not None and call.future._begin():
@@ -4441,11 +4466,11 @@ def _carry_out(runner, call):
 class _Tally:
     """What has become of the calls of a worker. No lock: since Python 3.10 no thread comes into the middle of a +=."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.done = self.failed = self.cancelled = self.retried = self.deaths = self.retired = 0
         self.running = self.waiting = 0.0       # seconds
 
-    def add(self, other):
+    def add(self, other: _Tally) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -4502,7 +4527,7 @@ class _Backend:
         self.name = f"{pool.name}-{index}"
         self.calls: dict[_Call, None] = {}      # placed here and not settled, in order
         self.total: int = 0             # ever placed here
-        self.tally = _Tally()
+        self.tally: _Tally = _Tally()
         self.runner: Any = None
         self.halt = _Halt()
         self.started: Any = BaseFuture()
@@ -4682,7 +4707,7 @@ class _SyncBackend(_Backend):
             threading.Thread(target=self._run, args=(call,), name=self.name, daemon=True).start()
             return
         self._run(call)
-        kind, value = call.future._outcome    # type: ignore[misc]
+        kind, value = call.future._outcome
         if kind is _ERROR and isinstance(value, (KeyboardInterrupt, SystemExit)):
             raise value
 
@@ -6696,6 +6721,7 @@ def _run_worker(main: str, connection: int, link: int, *parent: int,
 
 def _end_process(code: int) -> NoReturn:
     """End the process: exit functions and output, but no waiting for the user's threads."""
+    finish: Any
     for finish in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
         try:
             finish()
@@ -7291,7 +7317,7 @@ class _Link:
         self.is_built = False
         self.is_blocked = False             # the socket is full; the reader watches for room
         self.has_begun = False              # a call, ever
-        self.retirement = None              # a timer: it takes no more calls, and is about to end
+        self.retirement: Any = None         # a timer: it takes no more calls, and is about to end
         self.is_broken = False              # by us: that is no failure of the worker
 
     def send(self, parts: Sequence[bytes | memoryview], call: _Call | None = None) -> None:
@@ -7677,7 +7703,7 @@ class _ProcessBackend(_Backend):
             self.tally.deaths += 1
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
 
-    def _error_of(self, call: _Call, pid: int) -> Exception:
+    def _error_of(self, call: _Call, pid: int) -> Any:
         if self.killed:
             return self.stopped(call, self.killed, True)
         if call.overran:
@@ -8031,7 +8057,7 @@ def _packed(portable: tuple[bytes, Iterable[Any]], refs: Sequence[Any] = ()) -> 
     return [data, bytes(buffer.readonly for buffer in buffers), refs, *map(pickle.PickleBuffer, buffers)]
 
 
-def _unpacked(packed: bytes | list[Any]) -> Any:
+def _unpacked(packed: Any) -> Any:
     """Load it. Buffers are copied out of Ray's store: there an array could not be written to, as it can elsewhere."""
     if type(packed) is bytes:
         return _loads(packed)
@@ -8133,7 +8159,7 @@ class _RayFuture(BaseFuture):  # type: ignore[type-arg]
 
     def _known(self) -> tuple[str, Any]:
         self._load()
-        return self._outcome
+        return self._outcome        # type: ignore[no-any-return]
 
     def _load(self, timeout: float | None = None) -> None:
         deadline = _deadline(timeout)
@@ -8217,7 +8243,7 @@ def _actor_class(name: str, is_concurrent: bool) -> Any:
             if not hasattr(module, "_Actor"):
                 sys.modules[name] = module = types.ModuleType(name)
                 module.__file__ = path
-                module._code_here = code
+                vars(module)["_code_here"] = code
                 exec(marshal.loads(code), vars(module))
                 parts = name.split(".")
                 for package in (".".join(parts[:n]) for n in range(1, len(parts))):
@@ -8251,10 +8277,10 @@ def _actor_class(name: str, is_concurrent: bool) -> Any:
     cls = Async if is_concurrent else Plain
     cls.__name__ = cls.__qualname__ = name      # as ps and the dashboard show it
     cls.__module__ = "a worker of concurry"     # else it would be looked for in this module
-    cls.call = ray.method(num_returns=2)(cls.call)
+    cls.call = ray.method(num_returns=2)(cls.call)      # type: ignore[method-assign]
     if is_concurrent:
         return ray.remote(max_concurrency=1_000_000)(cls)
-    cls.beside = ray.method(concurrency_group="beside")(cls.beside)
+    cls.beside = ray.method(concurrency_group="beside")(cls.beside)     # type: ignore[method-assign]
     return ray.remote(concurrency_groups={"beside": 2})(cls)
 
 
@@ -8391,7 +8417,7 @@ def _status(kind: int, portable: tuple[Any, ...] = (b"", ()), seconds: float = 0
     if kind != _RETURNED:
         copies = [(bytes if buffer.readonly else bytearray)(buffer) for buffer in buffers]
         return head + _pickle().dumps((data, copies)), None
-    packed = _packed((data, buffers), *portable[2:])
+    packed: Any = _packed((data, buffers), *portable[2:])
     is_small = type(packed) is bytes and len(packed) < _BUFFER_SIZE
     return (head + packed, None) if is_small else (head, packed)
 
@@ -8477,10 +8503,11 @@ class _RayBackend(_Backend):
         self.pace = 1e6                         # microseconds a call takes, about
         self.left = self.most = self.pool.options.max_tasks_per_worker or sys.maxsize       # calls for this actor
         self.is_retiring = False                # it has had all its calls, and is about to end
-        self.is_finishing = self.is_over = False
+        self.is_finishing: bool = False
+        self.is_over = False
         self.killed: str | None = None          # why, in words
         self.cls, self.arguments, self.coroutines = self.pool.setup
-        self.reader = _reader_for(self)
+        self.reader: Any = _reader_for(self)
         self.post(self._launch)
         try:
             threading.Thread(target=self._main, name=self.name, daemon=True).start()
@@ -8580,7 +8607,8 @@ class _RayBackend(_Backend):
         self.ahead -= call.method not in self.coroutines
         errors = sys.modules["ray"].exceptions
         if isinstance(status, bytes):
-            self._take(call, *_STATUS.unpack_from(status), status[_STATUS.size:], ref)
+            kind, took = _STATUS.unpack_from(status)
+            self._take(call, kind, took, status[_STATUS.size:], ref)
         elif not isinstance(status, errors.RayActorError):
             _settle(call.future, _ERROR, _inner_error(status))
         else:
@@ -8886,7 +8914,8 @@ def _actor_options(options: _Options) -> dict[str, Any]:
 def _own_module() -> tuple[str, str, Any]:
     """Return name, path and code of this module, to be run where it cannot be imported."""
     import marshal
-    code = globals().get("_code_here") or marshal.dumps(__spec__.loader.get_code(__spec__.name))
+    spec: Any = __spec__
+    code = globals().get("_code_here") or marshal.dumps(spec.loader.get_code(spec.name))
     return __name__, __file__, _ray().put(code)
 
 
@@ -9147,7 +9176,7 @@ class _Lane:
         self.outbox: collections.deque[bytes | memoryview] = collections.deque()
         self.is_blocked = False
 
-    def send(self, number: int, is_granted: bool, answer: Any) -> None:
+    def send(self, number: int | None, is_granted: bool, answer: Any) -> None:
         """Send a verdict, or an answer, to a ticket; what the socket does not take follows when it does."""
         self.outbox += _message(_VERDICT, _pickled((number, is_granted, answer)))
         if not self.is_blocked:
@@ -9204,7 +9233,7 @@ class _RayWay(_Way):
         self.reader = _reader_for(self)
 
     def tell(self, words: tuple[Any, ...]) -> bool:
-        heard = BaseFuture()
+        heard: BaseFuture[Any] = BaseFuture()
         self.unheard[heard] = None
         if self.over or _here.reader is self.reader:        # over: there may be no reader any more
             self._send(words, heard)
@@ -9243,7 +9272,7 @@ class _RayWay(_Way):
     def take_over(self, limits: LimitSet) -> None:
         """Have the actor keep a set that is at home here."""
         self.tokens.add(limits._token)
-        weakref.finalize(limits, self.forget, limits._token).atexit = False
+        weakref.finalize(limits, self.forget, limits._token).atexit = False     # type: ignore[misc]
         limits._home.move(limits._token, self)
 
     def open(self, token: bytes, *state: Any) -> None:
@@ -10094,7 +10123,7 @@ class _Pool:
     def _see_them_end(self, deadline: float | None, why: str) -> None:
         """Wait for the workers; kill those that are late; warn of what cannot be killed."""
         ended = {backend.ended: backend for backend in [*self.backends, *self.leaving] if not backend.is_here()}
-        late = _run(_settled_of(set(ended), ALL_COMPLETED), max(_left(deadline), 0.05)).not_done
+        late = _run(_settled_of(set(ended), ALL_COMPLETED), max(_left(deadline) or 0.0, 0.05)).not_done
         for future in late:
             ended[future].kill(why)
         late = {future for future in late if ended[future].can_be_killed}
@@ -10617,7 +10646,7 @@ class _Outcomes:
         """Replace each value that does not travel by the error that says so."""
         for n, value in enumerate(self.values):
             try:
-                _dumps(value, lambda value=value: ({"result": value},))
+                _dumps(value, lambda value=value: ({"result": value},))     # type: ignore[misc]
             except Exception as error:
                 self.errors[n], self.values[n] = error, None
         return self
@@ -10900,7 +10929,7 @@ class Worker:
     @property
     def limits(self) -> LimitSet | LimitPool:
         """The limits of the worker this object lives in; without any, everything is granted at once."""
-        return _limits_of.get(id(self), _WITHOUT)[0]
+        return _limits_of.get(id(self), _WITHOUT)[0]    # type: ignore[no-any-return]
 
 
 _NOT_THE_USERS = frozenset(["options", "init", "limits"])
@@ -11244,10 +11273,9 @@ def task(fn: Any = None, /, **options: Any) -> Any:
 class _Subprocess:
     """A function in an interpreter of its own, as `run_in_subprocess` returns it: like multiprocessing.Process."""
 
-    def __init__(self, pool: _Pool, future: BaseFuture[Any]) -> None:
-        self._backend: Any = pool.backends[0]
-        self._future = future
-        self.name, self.pid = self._backend.name, self._backend.link.process.pid
+    def __init__(self, backend: Any, future: BaseFuture[Any]) -> None:
+        self._backend, self._future = backend, future
+        self.name, self.pid = backend.name, backend.link.process.pid
 
     @property
     def exitcode(self) -> Any:
@@ -11260,7 +11288,7 @@ class _Subprocess:
         """Tell whether the process is there."""
         return not self._backend.ended.done()
 
-    def poll(self) -> int | None:
+    def poll(self) -> Any:
         """Return the exit code, None while the process runs."""
         return self.exitcode
 
@@ -11310,7 +11338,7 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     pool = _Pool(_Recipe(TaskWorker, (), {}, None, options), options)
     pool.start()
     future = pool.submit("submit", (_as_process, fn, args), kwargs)
-    process = _Subprocess(pool, future)
+    process = _Subprocess(pool.backends[0], future)
     pool.finish()
     error = future.exception() if future.done() else None
     if isinstance(error, _pickle().PicklingError):
