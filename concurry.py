@@ -84,9 +84,20 @@ else:
     import selectors
     import socket
     from collections.abc import (
-        AsyncIterator, Awaitable, Callable, Collection, Container, Coroutine, Generator, Iterable, Iterator, Mapping,
-        MutableMapping, Sequence)
-    from typing import Any, AnyStr, BinaryIO, Literal, NoReturn, Optional, Protocol, TextIO, TypeVar, Union
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Collection,
+        Container,
+        Coroutine,
+        Generator,
+        Iterable,
+        Iterator,
+        Mapping,
+        MutableMapping,
+        Sequence,
+    )
+    from typing import Any, Literal, NoReturn, Optional, Protocol, TextIO, TypeVar, Union
     from typing import Generic as _Generic
     from typing import overload as _overload
 
@@ -1135,7 +1146,7 @@ _BAR_OPTIONS: dict[str, _Option] = {
 }
 
 
-def _positive_or_zero(value: Any) -> float:
+def _positive_or_zero(value: Any) -> Any:
     number = _count(value)
     if number < 0:
         raise ValueError
@@ -1854,12 +1865,7 @@ if TYPE_CHECKING:
     K = TypeVar("K", bound=Union[str, bytes, float, tuple[Any, ...], enum.Enum])
     _Progress: TypeAlias = Union[
         bool, dict[str, Any], "ProgressBar", Callable[[int, Optional[int], float], object], None]
-    # Of a dict the values: its type takes no subclasses of them.
-    _Dict: TypeAlias = Union[dict[K, "BaseFuture[T]"], dict[K, concurrent.futures.Future[T]]]
-    _Awaited: TypeAlias = Union[Awaitable[T], concurrent.futures.Future[T]]
-    _AwaitedDict: TypeAlias = Union[
-        dict[K, "BaseFuture[T]"], dict[K, concurrent.futures.Future[T]], dict[K, Coroutine[Any, Any, T]],
-        dict[K, Awaitable[T]]]
+    _Future: TypeAlias = concurrent.futures.Future[T]
 
     class _DoneAndNotDone(tuple[set[T], set[T]]):       # a named tuple
         done: set[T]
@@ -2076,48 +2082,23 @@ def _is_collection(x: object) -> bool:
 
 
 @_overload
-def gather(fs: _Dict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+def gather(fs: Mapping[K, _Future[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
            timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> dict[K, T]: ...
 @_overload
-def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: Literal[False] = ...,
-           iter: Literal[False] = ..., timeout: float | None = ..., progress: _Progress = ...,
-           recurse: bool = ...) -> list[T]: ...
+def gather(fs: Mapping[Any, Any], /, *, return_exceptions: bool = ..., iter: bool = ..., timeout: float | None = ...,
+           progress: _Progress = ..., recurse: bool = ...) -> Any: ...
 @_overload
-def gather(*fs: concurrent.futures.Future[T], return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+def gather(fs: Iterable[_Future[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
            timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> list[T]: ...
 @_overload
-def gather(fs: _Dict[K, T], /, *, return_exceptions: bool, iter: Literal[False] = ..., timeout: float | None = ...,
-           progress: _Progress = ..., recurse: bool = ...) -> dict[K, T | BaseException]: ...
+def gather(fs: Iterable[_Future[T]], /, *, return_exceptions: bool, iter: Literal[False] = ...,
+           timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> list[T | BaseException]: ...
 @_overload
-def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: bool, iter: Literal[False] = ...,
-           timeout: float | None = ..., progress: _Progress = ...,
-           recurse: bool = ...) -> list[T | BaseException]: ...
+def gather(fs: Iterable[_Future[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
+           timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> Iterator[tuple[int, T]]: ...
 @_overload
-def gather(*fs: concurrent.futures.Future[T], return_exceptions: bool, iter: Literal[False] = ...,
-           timeout: float | None = ..., progress: _Progress = ...,
-           recurse: bool = ...) -> list[T | BaseException]: ...
-@_overload
-def gather(fs: _Dict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
-           timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> Iterator[tuple[K, T]]: ...
-@_overload
-def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: Literal[False] = ...,
-           iter: Literal[True], timeout: float | None = ..., progress: _Progress = ...,
-           recurse: bool = ...) -> Iterator[tuple[int, T]]: ...
-@_overload
-def gather(*fs: concurrent.futures.Future[T], return_exceptions: Literal[False] = ..., iter: Literal[True],
-           timeout: float | None = ..., progress: _Progress = ...,
-           recurse: bool = ...) -> Iterator[tuple[int, T]]: ...
-@_overload
-def gather(fs: _Dict[K, T], /, *, return_exceptions: bool, iter: Literal[True], timeout: float | None = ...,
-           progress: _Progress = ..., recurse: bool = ...) -> Iterator[tuple[K, T | BaseException]]: ...
-@_overload
-def gather(fs: Iterable[concurrent.futures.Future[T]], /, *, return_exceptions: bool, iter: Literal[True],
-           timeout: float | None = ..., progress: _Progress = ...,
-           recurse: bool = ...) -> Iterator[tuple[int, T | BaseException]]: ...
-@_overload
-def gather(*fs: concurrent.futures.Future[T], return_exceptions: bool, iter: Literal[True],
-           timeout: float | None = ..., progress: _Progress = ...,
-           recurse: bool = ...) -> Iterator[tuple[int, T | BaseException]]: ...
+def gather(*fs: _Future[T], return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+           timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> list[T]: ...
 @_overload
 def gather(*fs: Any, return_exceptions: bool = ..., iter: bool = ..., timeout: float | None = ...,
            progress: _Progress = ..., recurse: bool = ...) -> Any: ...
@@ -2146,51 +2127,24 @@ def gather(*fs: Any, return_exceptions: bool = False, iter: bool = False, timeou
 
 
 @_overload
-def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
-                 timeout: float | None = ..., progress: _Progress = ...,
-                 recurse: bool = ...) -> Coroutine[Any, Any, dict[K, T]]: ...
+def async_gather(fs: Mapping[Any, Any], /, *, return_exceptions: bool = ..., iter: bool = ...,
+                 timeout: float | None = ..., progress: _Progress = ..., recurse: bool = ...) -> Any: ...
 @_overload
-def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
-                 timeout: float | None = ..., progress: _Progress = ...,
-                 recurse: bool = ...) -> Coroutine[Any, Any, list[T]]: ...
-@_overload
-def async_gather(*fs: _Awaited[T], return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
+def async_gather(fs: Iterable[Awaitable[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
                  timeout: float | None = ..., progress: _Progress = ...,
                  recurse: bool = ...) -> Coroutine[Any, Any, list[T]]: ...
 @_overload
-def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: bool, iter: Literal[False] = ...,
-                 timeout: float | None = ..., progress: _Progress = ...,
-                 recurse: bool = ...) -> Coroutine[Any, Any, dict[K, T | BaseException]]: ...
-@_overload
-def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: bool, iter: Literal[False] = ...,
+def async_gather(fs: Iterable[Awaitable[T]], /, *, return_exceptions: bool, iter: Literal[False] = ...,
                  timeout: float | None = ..., progress: _Progress = ...,
                  recurse: bool = ...) -> Coroutine[Any, Any, list[T | BaseException]]: ...
 @_overload
-def async_gather(*fs: _Awaited[T], return_exceptions: bool, iter: Literal[False] = ..., timeout: float | None = ...,
-                 progress: _Progress = ..., recurse: bool = ...) -> Coroutine[Any, Any, list[T | BaseException]]: ...
-@_overload
-def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
-                 timeout: float | None = ..., progress: _Progress = ...,
-                 recurse: bool = ...) -> AsyncIterator[tuple[K, T]]: ...
-@_overload
-def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
+def async_gather(fs: Iterable[Awaitable[T]], /, *, return_exceptions: Literal[False] = ..., iter: Literal[True],
                  timeout: float | None = ..., progress: _Progress = ...,
                  recurse: bool = ...) -> AsyncIterator[tuple[int, T]]: ...
 @_overload
-def async_gather(*fs: _Awaited[T], return_exceptions: Literal[False] = ..., iter: Literal[True],
+def async_gather(*fs: Awaitable[T], return_exceptions: Literal[False] = ..., iter: Literal[False] = ...,
                  timeout: float | None = ..., progress: _Progress = ...,
-                 recurse: bool = ...) -> AsyncIterator[tuple[int, T]]: ...
-@_overload
-def async_gather(fs: _AwaitedDict[K, T], /, *, return_exceptions: bool, iter: Literal[True],
-                 timeout: float | None = ..., progress: _Progress = ...,
-                 recurse: bool = ...) -> AsyncIterator[tuple[K, T | BaseException]]: ...
-@_overload
-def async_gather(fs: Iterable[_Awaited[T]], /, *, return_exceptions: bool, iter: Literal[True],
-                 timeout: float | None = ..., progress: _Progress = ...,
-                 recurse: bool = ...) -> AsyncIterator[tuple[int, T | BaseException]]: ...
-@_overload
-def async_gather(*fs: _Awaited[T], return_exceptions: bool, iter: Literal[True], timeout: float | None = ...,
-                 progress: _Progress = ..., recurse: bool = ...) -> AsyncIterator[tuple[int, T | BaseException]]: ...
+                 recurse: bool = ...) -> Coroutine[Any, Any, list[T]]: ...
 @_overload
 def async_gather(*fs: Any, return_exceptions: bool = ..., iter: bool = ..., timeout: float | None = ...,
                  progress: _Progress = ..., recurse: bool = ...) -> Any: ...
@@ -2342,6 +2296,15 @@ class RetryConfig:             # noqa: PLW1641
     What is left out is configured (`global_config`); each but `retry_max_wait` may be a dict by method name, with
     "*" for the others. An option that is given beside the object wins. Raises ValueError for impossible values.
     """
+
+    # It has those that were given.
+    num_retries: int | dict[str, int]
+    retry_on: list[Any] | dict[str, list[Any]]
+    retry_algorithm: RetryAlgorithm | dict[str, RetryAlgorithm]
+    retry_wait: float | dict[str, float]
+    retry_max_wait: float
+    retry_jitter: float | dict[str, float]
+    retry_until: list[Any] | dict[str, list[Any] | None] | None
 
     def __init__(self, num_retries: int | dict[str, int] = _LEFT_OUT,
                  retry_on: type[BaseException] | Callable[..., Any]
@@ -3297,7 +3260,7 @@ class _Desk:
             if ticket.usage is not ticket.counted and ticket.grants is not None:
                 self._correct(ticket, now)
             if ticket.is_over and self.held.pop(ticket, self) is None:
-                for _, state, grant, _ in ticket.grants:
+                for _, state, grant, _ in ticket.grants:    # pyright: ignore[reportOptionalIterable]
                     state.close(grant)
                 ticket.grants = None
             return True
@@ -3753,7 +3716,7 @@ class _Acquisition:
         if not ticket.is_over:
             ticket.is_over = True
             self._home.attend(ticket)
-            self.__class__ = _Acquisition
+            self.__class__ = _Acquisition       # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> Self:
         self._ticket.owner = threading.get_ident()
@@ -3764,7 +3727,7 @@ class _Acquisition:
         if not ticket.is_over:
             ticket.is_over = True
             self._home.attend(ticket)
-            self.__class__ = _Acquisition
+            self.__class__ = _Acquisition       # pyright: ignore[reportAttributeAccessIssue]
             if self._owed and kind is None:
                 self._check_told(ticket.usage or ())
 
@@ -3960,7 +3923,7 @@ def _read_limits(value: Any) -> Any:
         return value
     if type(value).__name__ in ("LimitSet", "LimitPool"):
         raise _Reason(f"it belongs to {type(value).__module__}, another copy of this module")
-    limits = (value,) if isinstance(value, Limit) else tuple(value)
+    limits: Any = (value,) if isinstance(value, Limit) else tuple(value)
     try:
         if limits and isinstance(limits[0], LimitSet):
             LimitPool(limits)
@@ -4082,7 +4045,7 @@ _BALANCERS: dict[LoadBalancingAlgorithm, Any] = {
 # === Calls and runners ===
 
 _now = time.monotonic   # each call asks three times
-_NO_KWARGS: dict[str, Any] = {}         # one for all that wait: the garbage collector looks at each dict again and again
+_NO_KWARGS: dict[str, Any] = {}     # one for all that wait: the garbage collector looks at each dict again and again
 
 
 class _Call:
@@ -4420,7 +4383,7 @@ class _OtherLoop:
 
     def __enter__(self) -> None:
         import asyncio
-        self.outer = asyncio._get_running_loop()
+        self.outer: Any = asyncio._get_running_loop()
         self.task = self.outer and asyncio.current_task(self.outer)
         if self.task:
             asyncio.tasks._leave_task(self.outer, self.task)
@@ -4872,7 +4835,7 @@ class _OnDemandThreadBackend(_ThreadBackend):
         try:
             runner = runner or self.pool.context.copy().run(_Runner, self.pool.recipe, self.halt)
         except BaseException as error:
-            outcome = _ERROR, _start_error(_without_our_frame(error), self)
+            outcome: Any = (_ERROR, _start_error(_without_our_frame(error), self))
         else:
             call.began = _now()
             if self.pool.keeper is not None:
@@ -8035,7 +7998,7 @@ _STATUS = struct.Struct("<BI")      # kind of answer, microseconds; a small resu
 def _ray() -> Any:
     """Return the package; raise ImportError if it is not there, RuntimeError if it is not started."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("mode 'ray' needs the package ray: pip install ray") from error
     if not ray.is_initialized():
@@ -8046,7 +8009,7 @@ def _ray() -> Any:
 
 # What Ray carries
 
-def _packed(portable: tuple[bytes, Iterable[Any]], refs: Sequence[Any] = ()) -> bytes | list[Any]:
+def _packed(portable: tuple[bytes, Iterable[Any]], refs: Sequence[Any] = ()) -> Any:
     """Return what was pickled as Ray carries it fast: bytes, or a list with the buffers, and with ObjectRefs that Ray
     has to know of.
     """
@@ -8157,9 +8120,9 @@ class _RayFuture(BaseFuture):  # type: ignore[type-arg]
         self._load(timeout)
         return super().exception(timeout)
 
-    def _known(self) -> tuple[str, Any]:
+    def _known(self) -> Any:
         self._load()
-        return self._outcome        # type: ignore[no-any-return]
+        return self._outcome
 
     def _load(self, timeout: float | None = None) -> None:
         deadline = _deadline(timeout)
@@ -8239,7 +8202,7 @@ def _actor_class(name: str, is_concurrent: bool) -> Any:
             import marshal
             import sys
             import types
-            module = sys.modules.get(name)
+            module: Any = sys.modules.get(name)
             if not hasattr(module, "_Actor"):
                 sys.modules[name] = module = types.ModuleType(name)
                 module.__file__ = path
@@ -8273,14 +8236,14 @@ def _actor_class(name: str, is_concurrent: bool) -> Any:
 
         beside = do
 
-    import ray
-    cls = Async if is_concurrent else Plain
+    import ray  # pyright: ignore[reportMissingImports]
+    cls: Any = Async if is_concurrent else Plain
     cls.__name__ = cls.__qualname__ = name      # as ps and the dashboard show it
     cls.__module__ = "a worker of concurry"     # else it would be looked for in this module
-    cls.call = ray.method(num_returns=2)(cls.call)      # type: ignore[method-assign]
+    cls.call = ray.method(num_returns=2)(cls.call)
     if is_concurrent:
         return ray.remote(max_concurrency=1_000_000)(cls)
-    cls.beside = ray.method(concurrency_group="beside")(cls.beside)     # type: ignore[method-assign]
+    cls.beside = ray.method(concurrency_group="beside")(cls.beside)
     return ray.remote(concurrency_groups={"beside": 2})(cls)
 
 
@@ -8294,7 +8257,7 @@ class _Actor:
 
     def __init__(self, recipe: Any, lineage: _Lineage, index: int) -> None:
         global _lineage, _worker_index
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
         here = ray.get_runtime_context()
         _lineage, _worker_index = (*lineage, (here.get_actor_id(), here.get_worker_id())), index
         _let_term_end()
@@ -8663,7 +8626,7 @@ class _RayBackend(_Backend):
         try:
             _ray()                          # else Ray would start itself
             self.actor = self.cls.remote(*self.arguments, self.index)
-            self.call_actor = self.actor.call.remote
+            self.call_actor: Any = self.actor.call.remote
             self._look_after(self.actor)
         except BaseException as error:
             _kill_actor(self.actor)         # it may be there all the same
@@ -8864,7 +8827,7 @@ def _watch_ray() -> None:
     with _reader_lock:
         if not _lineage and (_ray_watch is None or not _ray_watch.is_alive()):
             try:
-                import ray._private.worker
+                import ray._private.worker  # pyright: ignore[reportMissingImports]
                 is_over = ray._private.worker.global_worker.threads_stopped
             except (ImportError, AttributeError):       # another Ray: `ray.shutdown()` has to wait for `stop()`
                 return
@@ -8951,7 +8914,7 @@ class _Way:
     """What leads from here to where a set is at home."""
 
     def __init__(self) -> None:
-        self.tickets: dict[int, _Ticket] = {}   # by number: those that wait for a verdict
+        self.tickets: dict[Any, _Ticket] = {}   # by number: those that wait for a verdict
         self.numbers = itertools.count()
 
     def listen(self) -> None:
@@ -9346,7 +9309,7 @@ def _keeper_of(limits: LimitSet) -> Any:
 
 def _start_keeper() -> Any:
     ray = _ray()
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return _actor_class("limits", True).options(num_cpus=0, scheduling_strategy=here).remote(*_own_module(), "_Keeper")
 
@@ -9961,7 +9924,7 @@ class _Pool:
         if backend not in self.backends:
             return
         calls = [call for call in backend.give_up() if call in self.calls]
-        logger.warning("%s is given up with the call that it runs: its thread is left to itself, its state is lost, and "
+        logger.warning("%s is given up with the call that it runs: its thread is left to itself, its state is lost, "
                        "a new worker takes its place", backend.name)
         backend.tally.deaths += 1
         self._remove(backend)
@@ -10052,8 +10015,8 @@ class _Pool:
             return
         self.is_stopped = True
         self.close("it is stopped")
-        timeout = self.options.stop_timeout if timeout is None else timeout
-        end = functools.partial(self._end, next(self.once) == 0, timeout, f"was stopped after {timeout:g} s")
+        seconds: float = self.options.stop_timeout if timeout is None else timeout
+        end = functools.partial(self._end, next(self.once) == 0, seconds, f"was stopped after {seconds:g} s")
         try:
             dropped = sum(_withdraw(call.future) for call in list(self.calls))
             if dropped:
@@ -10962,8 +10925,8 @@ def worker(cls: Any = None, /, *, auto_init: bool = True, **options: Any) -> Any
         raise TypeError(f"@worker needs a class, not {cls!r}; for a function there is @task")
     if not issubclass(cls, Worker):
         make = cls.__new__
-        cls.__new__ = staticmethod(     # type: ignore[method-assign, assignment]
-            lambda cls, *args, **kwargs: _make_object(cls, make, args, kwargs))
+        make_ours: Any = staticmethod(lambda cls, *args, **kwargs: _make_object(cls, make, args, kwargs))
+        cls.__new__ = make_ours     # type: ignore[method-assign]
         for name in _NOT_THE_USERS:
             if not hasattr(cls, name):
                 setattr(cls, name, vars(Worker)[name])
@@ -11270,10 +11233,10 @@ def task(fn: Any = None, /, **options: Any) -> Any:
     return (lambda fn: _TaskFunction(fn, given)) if fn is None else _TaskFunction(fn, given)
 
 
-class _Subprocess:
+class _Subprocess(_Generic[T]):
     """A function in an interpreter of its own, as `run_in_subprocess` returns it: like multiprocessing.Process."""
 
-    def __init__(self, backend: Any, future: BaseFuture[Any]) -> None:
+    def __init__(self, backend: Any, future: BaseFuture[T]) -> None:
         self._backend, self._future = backend, future
         self.name, self.pid = backend.name, backend.link.process.pid
 
@@ -11296,7 +11259,7 @@ class _Subprocess:
         """Wait until the process has ended, at most `timeout` seconds (None: for ever); `is_alive()` tells then."""
         wait([self._backend.ended], timeout)
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> T:
         """Return what the function returned, or raise what it raised; wait as `BaseFuture.result` does.
 
         WorkerDiedError when the process ended before that, by a signal, say.
@@ -11321,7 +11284,11 @@ class _Subprocess:
         return f"<process {self.name} (pid {self.pid}): {state}>"
 
 
-def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _Subprocess:
+@_overload
+def run_in_subprocess(fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> _Subprocess[T]: ...
+@_overload
+def run_in_subprocess(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> _Subprocess[T]: ...
+def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _Subprocess[Any]:
     """Call a function in a fresh interpreter, and return a handle of that process when it has begun.
 
     The function and its arguments travel as to workers in process mode, by value where they must, and no
@@ -11340,7 +11307,7 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     future = pool.submit("submit", (_as_process, fn, args), kwargs)
     process = _Subprocess(pool.backends[0], future)
     pool.finish()
-    error = future.exception() if future.done() else None
+    error: Any = future.exception() if future.done() else None
     if isinstance(error, _pickle().PicklingError):
         names, of = _call_parts(name, args, kwargs)         # as the user counts them
         _dumps((fn, args, kwargs), lambda: ({"the function": fn, **names}, of))
@@ -11399,7 +11366,8 @@ def serve(*handles: _Handle, timeout: float | None = None) -> NoReturn:
     second: BaseFuture[int] = BaseFuture()
 
     def note(number: int, frame: object) -> None:
-        _settle(first, _RESULT, number) or _settle(second, _RESULT, number)
+        if not _settle(first, _RESULT, number):
+            _settle(second, _RESULT, number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -11468,7 +11436,7 @@ Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.
 """
 
 
-def _arguments() -> tuple[Any, Any]:
+def _arguments() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     import argparse
     parser = argparse.ArgumentParser(prog="concurry", description="Apply a callable to every line, on many workers.")
     parser.add_argument("--version", action="version", version=f"concurry {__version__}")

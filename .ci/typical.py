@@ -24,6 +24,8 @@ from concurry import (
     async_wait,
     gather,
     global_config,
+    run_in_subprocess,
+    serve,
     task,
     temp_config,
     wait,
@@ -159,6 +161,20 @@ def tasks() -> None:
         each.stop()
 
 
+def serving() -> None:
+    pool = Executor("thread", max_workers=2, name="crunch", max_tasks_per_worker=10, initializer=square, initargs=(1,))
+    pool.resize(3)
+    pool.submit(square, 3).cancel(kill=True)
+    pool.stop(timeout=1, join=False)
+    assert_type(pool.join(timeout=5), bool)
+    process = run_in_subprocess(square, 3)
+    assert_type(process.result(), int)
+    process.join(timeout=5)
+    assert process.poll() == process.exitcode == 0 and not process.is_alive()
+    if process.pid == 0:
+        serve(pool, timeout=5)
+
+
 async def awaiting() -> None:
     async with Executor("asyncio") as pool:
         future = pool.submit(length, "abc")
@@ -192,5 +208,6 @@ if __name__ == "__main__":
     executors()
     workers()
     tasks()
+    serving()
     asyncio.run(awaiting())
     settings()
