@@ -11285,7 +11285,8 @@ class _Subprocess(_Generic[T]):
 
 
 @_overload
-def run_in_subprocess(fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> _Subprocess[T]: ...
+def run_in_subprocess(fn: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args,
+                      **kwargs: P.kwargs) -> _Subprocess[T]: ...
 @_overload
 def run_in_subprocess(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> _Subprocess[T]: ...
 def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _Subprocess[Any]:
