@@ -4582,11 +4582,11 @@ class _Backend:
         return True
 
     def _rebuild(self, *args: Any) -> bool:
-        """Make the runner again, in several tries if need be; tell whether it is there, else the pool."""
-        for _ in range(_STARTS):
+        """Make the runner when `init` is over, in several tries if it was there before; tell whether it is there."""
+        for _ in range(_STARTS if self.started.done() else 1):
             if self._build(*args):
                 return True
-            logger.warning("%s could not be built again (%s)", self.name, self.failure)
+            logger.warning("%s could not be built (%s)", self.name, self.failure)
         self.pool.lose(self, self.failure)
         return False
 
@@ -4708,7 +4708,7 @@ class _ThreadBackend(_Backend):
     """One thread that takes calls from a queue. When it is retired, another one goes on with the same queue."""
 
     can_be_killed = False
-    is_given_up = False
+    is_over = False                 # no call will come any more, or another worker has the next ones
 
     def start(self) -> None:
         self.inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
@@ -4720,6 +4720,7 @@ class _ThreadBackend(_Backend):
         self.thread.start()
 
     def finish(self) -> None:
+        self.is_over = True
         self.inbox.put(None)
 
     def overrun(self, call: _Call) -> None:
@@ -4732,9 +4733,8 @@ class _ThreadBackend(_Backend):
 
     def give_up(self) -> list[_Call]:
         """Return the calls that have not begun; the thread ends when it can."""
-        self.is_given_up = True
         calls = _taken_from(self.inbox)
-        self.inbox.put(None)
+        self.finish()
         return calls
 
     def is_here(self) -> bool:
@@ -4770,7 +4770,7 @@ class _ThreadBackend(_Backend):
             _carry_out(self.runner, call)
             call = None         # an idle worker must not keep the last call's arguments and result
         self.runner.close()
-        return not self.is_given_up
+        return not self.is_over
 
 
 def _taken_from(inbox: queue.SimpleQueue[Any]) -> list[_Call]:
@@ -4858,7 +4858,8 @@ class _AsyncioBackend(_Backend):
     def start(self) -> None:
         self.inbox: collections.deque[_Call | None] = collections.deque()       # for the loop
         import asyncio
-        self.is_over = False
+        self.is_over = False                    # the loop is stopped for good
+        self.is_finishing = False               # no call will come any more
         self.is_woken = False                   # the loop knows that there is something in it
         self.waits: set[Any] = set()            # tasks that wait between attempts of plain methods
         self.plain: queue.SimpleQueue[Any] = queue.SimpleQueue()        # for the companion
@@ -4918,6 +4919,7 @@ class _AsyncioBackend(_Backend):
             self.loop.stop()
 
     def finish(self) -> None:
+        self.is_finishing = True
         self.plain.put(None)
 
     def kill(self, why: str) -> None:
@@ -5030,7 +5032,7 @@ class _AsyncioBackend(_Backend):
         _show_name(self.name)
         try:
             self._live()
-            while not self.is_over:
+            while not (self.is_over or self.is_finishing):
                 self.tally.retired += 1
                 self.is_replacement = True
                 self.loop = asyncio.new_event_loop()
@@ -7557,7 +7559,7 @@ class _ProcessBackend(_Backend):
         elif kind == _RETRIED:
             self.halt.retried += took
         elif kind == _RETIRED:
-            link.retirement = self.reader.later(self.pool.options.stop_timeout, link.process.kill)
+            link.retirement = self.reader.later(self.pool.options.stop_timeout, functools.partial(self._end_late, link))
             logger.debug("%s (pid %d) is retired%s", self.name, link.process.pid,
                          f": it holds {took >> 10} MiB after a call" if took else "")
         elif kind >= _RETURNED:
@@ -7672,6 +7674,11 @@ class _ProcessBackend(_Backend):
         if call.overran:
             return self.overrun_error(call, f"its process (pid {pid}) was killed, and a new one takes its place")
         return self.death_in(call)
+
+    def _end_late(self, link: _Link) -> None:
+        logger.warning("%s (pid %d) was retired and has not ended within %g s: it is killed", self.name,
+                       link.process.pid, self.pool.options.stop_timeout)
+        link.process.kill()
 
     def _may_run_again(self, call: _Call) -> bool:
         return (not call.overran and len(call.deaths) < self.pool.options.crash_retries and call in self.calls
@@ -9808,9 +9815,10 @@ class _Pool:
         """Return the workers that may get a call once they have room."""
         return [backend for backend in self.backends if not backend.is_spent]
 
-    def _grow(self) -> _Backend:
+    def _grow(self, is_replacement: bool = False) -> _Backend:
         taken = {backend.index for backend in self.backends}
         backend = self.kind(self, next(index for index in itertools.count() if index not in taken))
+        backend.is_replacement = is_replacement
         backend.start()
         self.backends = [*self.backends, backend]
         return backend
@@ -9876,23 +9884,24 @@ class _Pool:
         self.have(functools.partial(self._resize, size, [], added))
         if self.turn.get("is") == [threading.get_ident()]:      # we have interrupted that
             return
-        _run(_settled_of({backend.started for backend in added.result()}, ALL_COMPLETED), None)
-        failed = [error for backend in added.result() for error in [backend.started.exception()] if error is not None]
-        if failed:
-            self.options.max_workers = max(1, size - len(failed))
-            raise failed[0]
+        try:
+            _run(_settled_of({backend.started for backend in added.result()}, ALL_COMPLETED), None)
+            for backend in added.result():
+                backend.started.result()
+        except BaseException:
+            there = sum(not each.started.done() or each.started.exception() is None for each in self._usable())
+            self.options.max_workers = max(1, there)
+            raise
 
     def _resize(self, size: int, added: list[_Backend], outcome: BaseFuture[list[_Backend]], refused: Any) -> None:
-        staying = self._usable()
         try:
-            while len(staying) + len(added) < size and not self.on_demand and self.closed is None:
-                backend = self._grow()
-                backend.is_replacement = True
-                added.append(backend)
+            while len(self._usable()) < size and not self.on_demand and self.closed is None:
+                added.append(self._grow(is_replacement=True))
         except Exception as error:
             _settle(outcome, _ERROR, error)
         # The idle ones first, and of those the last.
-        for backend in sorted(staying, key=lambda each: (len(each.calls), -each.index))[:max(0, len(staying) - size)]:
+        usable = self._usable()
+        for backend in sorted(usable, key=lambda each: (len(each.calls), -each.index))[:max(0, len(usable) - size)]:
             backend.is_spent = self.rests = True
             if not self.on_demand:
                 self.choose = self._choose_staying

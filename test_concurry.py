@@ -6100,6 +6100,18 @@ class RecyclingOneModeTests(ProgramCase):
         self.assertEqual([what for what, _ in told], ["begins", "ends"] * 4)
         self.assertEqual([ident for _, ident in told[::2]], [ident for _, ident in told[1::2]])
 
+    def test_none_is_built_at_the_end(self):
+        for mode in ("thread", "asyncio", "process"):
+            built = self.flag()
+            with self.start(SaysItIsBuilt, built, mode=mode, max_tasks_per_worker=2) as worker:
+                started, go = self.flag(), self.flag()
+                calls = [worker.hold(started, go), worker.hold(started, go)]
+                started.wait()
+                worker.shutdown(wait=False)
+                go.set()
+            self.assertEqual(gather(calls, timeout=0), [None, None])
+            self.assertEqual(built.count(), 1, mode)
+
     def test_a_new_loop(self):
         loops = []
         with self.start(SeesItsLoop, mode="asyncio", max_tasks_per_worker=2) as worker:
@@ -6151,6 +6163,15 @@ class RecyclingOneModeTests(ProgramCase):
             for value in (0, -1, 1.5, "many", True):
                 with self.assertRaisesRegex(ValueError, f"{option}={value!r} is not possible: a whole number from 1"):
                     Counter.options(mode="process", **{option: value})
+
+
+class SaysItIsBuilt(Worker):
+    def __init__(self, built):
+        built.set()
+
+    def hold(self, started, go):
+        started.set()
+        go.wait()
 
 
 class SeesItsLoop(Worker):
