@@ -3004,16 +3004,16 @@ _RATES: dict[RateLimitAlgorithm, type[_Rate]] = {
 _LARGEST = 1e100                # of amounts, capacities and windows: their products are finite
 
 
-def _number(value: Any, what: str, key: str = "") -> Any:
+def _number(value: Any, what: str, key: str = "") -> float:
     """Return the value as an int or a float, no subclass; `what` it is, of which limit, stands in the error."""
     if type(value) in (int, float):
-        return value
+        return value        # type: ignore[no-any-return]
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{what}{key and repr(key)} must be a number, not {value!r}")
     return int(value.__index__()) if hasattr(value, "__index__") else float(value)
 
 
-def _positive(value: Any, what: str, expected: str = "a number above 0") -> Any:
+def _positive(value: Any, what: str, expected: str = "a number above 0") -> float:
     number = _number(value, what)
     if not 0 < number <= _LARGEST and number != math.inf:   # NaN is neither
         raise ValueError(f"{what}={value!r} is not possible: {expected}")
@@ -3029,9 +3029,11 @@ class Limit:
 
     key: str
     capacity: float
+    _state: Callable[[], _Rate]
+
     is_automatic = True             # `acquire` takes 1 of it when it is not asked for
     is_whole = True
-    free_of_update: float = math.inf        # of more than so many it has to be told how many were used
+    free_of_update: float = math.inf       # of more than so many it has to be told how many were used
 
     def __init__(self, key: str, capacity: float) -> None:
         if type(self) is Limit:
@@ -3040,7 +3042,7 @@ class Limit:
             raise TypeError(f"the key of a limit must be a string, not {key!r}")
         self.__dict__.update(key=key, capacity=_positive(capacity, "capacity"))
 
-    def _amount(self, n: Any) -> Any:
+    def _amount(self, n: float) -> float:
         """Return an amount to acquire; raise ValueError or TypeError if it never can be."""
         if type(n) is int and 0 <= n <= self.capacity:
             return n
@@ -3055,7 +3057,7 @@ class Limit:
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{name!r} cannot be set: a limit is a description, and may be in use")
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(type(self), **vars(self)), ()
 
     def __eq__(self, other: object) -> bool:
@@ -3091,13 +3093,14 @@ class RateLimit(Limit):
 
     window_seconds: float
     algorithm: RateLimitAlgorithm
+
     is_automatic = False
     is_whole = False
-    free_of_update = 0.0
+    free_of_update = 0
 
-    def __init__(self, key: str, capacity: float, window_seconds: float | str | None = None,
+    def __init__(self, key: str, capacity: float, window_seconds: float | RateWindow | str | None = None,
                  algorithm: RateLimitAlgorithm | str = RateLimitAlgorithm.SlidingWindow, *,
-                 window: float | str | None = None, per: float | str | None = None) -> None:
+                 window: float | RateWindow | str | None = None, per: float | RateWindow | str | None = None) -> None:
         super().__init__(key, capacity)
         given = [span for span in (window_seconds, window, per) if span is not None]
         if len(given) != 1:
@@ -3109,7 +3112,7 @@ class RateLimit(Limit):
             raise ValueError("window_seconds=inf is not possible: a number of seconds above 0")
         self.__dict__.update(window_seconds=span, algorithm=RateLimitAlgorithm(algorithm))
 
-    def _state(self) -> Any:
+    def _state(self) -> _Rate:
         if self.capacity == math.inf:
             return _Endless(self.capacity, 0)
         return _RATES[self.algorithm](self.capacity, math.ceil(self.window_seconds * 1_000_000_000))
@@ -3127,11 +3130,12 @@ class CallLimit(RateLimit):
 
     is_automatic = True
     is_whole = True
-    free_of_update = 1.0
+    free_of_update = 1
 
-    def __init__(self, capacity: float, window_seconds: float | str | None = None,
+    def __init__(self, capacity: float, window_seconds: float | RateWindow | str | None = None,
                  algorithm: RateLimitAlgorithm | str = RateLimitAlgorithm.SlidingWindow, *,
-                 window: float | str | None = None, per: float | str | None = None, key: str = "call_count") -> None:
+                 window: float | RateWindow | str | None = None, per: float | RateWindow | str | None = None,
+                 key: str = "call_count") -> None:
         super().__init__(key, capacity, window_seconds, algorithm, window=window, per=per)
         if self.capacity < 1:
             raise ValueError(f"capacity={capacity!r} is not possible for calls: a number from 1; "
@@ -3149,7 +3153,7 @@ class ResourceLimit(Limit):
         if self.capacity == math.inf or self.capacity != int(self.capacity):
             raise ValueError(f"capacity={capacity!r} is not possible for a resource: a whole number from 1")
 
-    def _state(self) -> Any:
+    def _state(self) -> _Rate:
         return _Slots(self.capacity)
 
 
@@ -3161,8 +3165,8 @@ class _Ticket:
     is_granted = is_refused = False
     is_over = False             # to be given back, or not wanted any more
     grants: Any = None          # what it holds: [key, state, grant, amount], ...; None: nothing
-    loop: Any = None            # the event loop that it waits on
-    due: float = math.inf       # when the first in line may be granted, if this one has to look to it
+    loop: asyncio.AbstractEventLoop | None = None   # the event loop that it waits on
+    due = math.inf              # when the first in line may be granted, if this one has to look to it
     usage: Any = None           # amounts really used, by key, as far as they have been told
     counted: Any = None         # the `usage` that has been taken into account
     owner: int | None = None    # the thread that is within its `with` block
@@ -3170,8 +3174,8 @@ class _Ticket:
     number: Any = None          # ... and what it is known by on its way there
     answer: Any = None          # what came back beside the verdict: a reason, or statistics
 
-    def __init__(self, wants: Any) -> None:
-        self.wants = wants      # amounts, by key
+    def __init__(self, wants: dict[str, float] | None) -> None:
+        self.wants: Any = wants     # amounts, by key
 
     def withdraw(self) -> None:
         """Say that it is not wanted; what has been granted was not used."""
@@ -3190,11 +3194,12 @@ class _Desk:
 
     is_far = False
 
-    def __init__(self, limits: Iterable[Any], clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, limits: Iterable[Limit], clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.states = {limit.key: limit._state() for limit in limits}
         self.clock = clock
-        self.line: collections.OrderedDict[_Ticket, None] = collections.OrderedDict()       # tickets that wait
-        self.keepers: dict[Any, Any] = {}       # the same, by the event loop that they wait on; None: on none
+        self.line: collections.OrderedDict[_Ticket, None] = collections.OrderedDict()   # tickets that wait
+        # the same, by the event loop that they wait on; None: on none
+        self.keepers: dict[asyncio.AbstractEventLoop | None, collections.OrderedDict[_Ticket, None]] = {}
         self.held: dict[_Ticket, None] = {}     # tickets that were granted and are not over
         self.todo: collections.deque[_Ticket] = collections.deque()     # tickets that others have left here
         self.lock = threading.RLock()
@@ -3223,7 +3228,7 @@ class _Desk:
             if self.todo:               # left by a handler that came just before
                 self.attend(self.todo.popleft())
 
-    def move(self, token: bytes, way: Any) -> None:
+    def move(self, token: bytes, way: _RayWay) -> None:
         """Go on elsewhere, with all that is held and waited for: who has to do with this desk knows it as an _Away."""
         with self.lock:
             if self.is_busy and self._is_within():
@@ -3305,7 +3310,7 @@ class _Desk:
             self._ring(ticket)
         return 0
 
-    def _ring(self, ticket: _Ticket) -> Any:
+    def _ring(self, ticket: _Ticket) -> None:
         try:
             if ticket.bell is not None:
                 ticket.bell.wake()
@@ -3336,7 +3341,7 @@ class _Desk:
                 self.todo.popleft()
                 continue
             ticket = next(iter(self.line))
-            wait = self._ring(ticket) if ticket.is_granted else self._grant(ticket, now)
+            wait: Any = self._ring(ticket) if ticket.is_granted else self._grant(ticket, now)   # type: ignore[func-returns-value]
             if wait:
                 for waiting in list(self.keepers.values()):
                     keeper = next(iter(waiting))
@@ -3390,7 +3395,7 @@ class _Desk:
     def seconds_until(self, due: float) -> float:
         return (due - self.clock()) / 1_000_000_000
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, dict[str, Any]]:
         with self.lock:
             if self.is_busy and self.is_far:
                 return self.stats()
@@ -3413,7 +3418,7 @@ def _do_nothing(ticket: _Ticket) -> None:
     pass
 
 
-def _drop(home: Any, ticket: _Ticket) -> None:
+def _drop(home: _Desk | _Away, ticket: _Ticket) -> None:
     """Have a request forgotten: nobody will use what it was granted."""
     ticket.withdraw()
     home.attend(ticket)
@@ -3449,8 +3454,8 @@ class LimitSet:
     `limits[key]` is the Limit. Raises TypeError for what is no Limit, ValueError for a key that is there twice.
     """
 
-    def __init__(self, limits: Limit | Iterable[Limit] = (), shared: bool = False, mode: object = None,
-                 config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, limits: Limit | Iterable[Limit] = (), shared: bool = False,
+                 mode: ExecutionMode | str | None = None, config: Mapping[str, Any] | None = None) -> None:
         limits = (limits,) if isinstance(limits, Limit) else tuple(limits)
         for limit in limits:
             if not isinstance(limit, Limit):
@@ -3459,16 +3464,17 @@ class LimitSet:
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ValueError(f"two limits have the key {twice!r}: give one of them another key")
-        self.config = types.MappingProxyType(dict(config or {}))
+        self.config: Mapping[str, Any] = types.MappingProxyType(dict(config or {}))
         self._limits = dict(zip(keys, limits))
-        self._automatic: dict[str, Any] = {limit.key: 1 for limit in limits if limit.is_automatic}
+        self._automatic: dict[str, float] = {limit.key: 1 for limit in limits if limit.is_automatic}
         self._free = _Free(self.config)
-        self._warned: set[Any] = set()
+        self._warned: set[str] = set()
         self._token = os.urandom(12)
         self._home: Any = _Desk(limits)     # or an _Away
         _sets[self._token] = self
 
-    def acquire(self, requested: Mapping[str, float] | None = None, timeout: float | None = None) -> _Acquisition:
+    def acquire(self, requested: Mapping[str, float] | None = None,
+                timeout: float | None = None) -> _Acquisition | _Free:
         """Take some of each limit, all at once; wait until that is possible. Use it with `with`.
 
         requested: a dict of amounts by key. What it leaves out is acquired with 1 if it is a call or
@@ -3481,7 +3487,7 @@ class LimitSet:
         a `with` block that holds the resource (as far as that is known: in the process where the set was made).
         """
         if not self._limits:
-            return self._free       # type: ignore[return-value]
+            return self._free
         wants, owed = self._plan(requested, timeout)
         home, ticket = self._home, _Ticket(wants)
         if home.is_far and _would_stall():
@@ -3499,21 +3505,21 @@ class LimitSet:
             _drop(home, ticket)
             raise
 
-    def try_acquire(self, requested: Mapping[str, float] | None = None) -> _Acquisition:
+    def try_acquire(self, requested: Mapping[str, float] | None = None) -> _Acquisition | _Free:
         """Do what `acquire` does without waiting: what it returns tells by `.successful` whether all was there."""
         if not self._limits:
-            return self._free       # type: ignore[return-value]
+            return self._free
         wants, owed = self._plan(requested)
         return self._try(self._home, _Ticket(wants), owed)
 
     def async_acquire(self, requested: Mapping[str, float] | None = None,
-                      timeout: float | None = None) -> _AsyncAcquire:
+                      timeout: float | None = None) -> _AsyncAcquire | _Free:
         """Do what `acquire` does without blocking the event loop: use it with `async with`, or await it.
 
         A task that is cancelled while it waits has taken nothing.
         """
         if not self._limits:
-            return self._free       # type: ignore[return-value]
+            return self._free
         return _AsyncAcquire(functools.partial(self._acquire_async, *self._plan(requested, timeout), timeout))
 
     def get_stats(self) -> dict[str, dict[str, Any]]:
@@ -3525,7 +3531,7 @@ class LimitSet:
         return {key: {**vars(limit), **stats[key]} for key, limit in self._limits.items()}
 
     def _plan(self, requested: Mapping[str, float] | None,
-              timeout: float | None = None) -> tuple[dict[str, Any], Sequence[str]]:
+              timeout: float | None = None) -> tuple[dict[str, float], Sequence[str]]:
         """Return the amounts to acquire, by key, and the keys of which the usage has to be told."""
         if timeout is not None:
             _number_of_seconds(timeout)
@@ -3533,8 +3539,8 @@ class LimitSet:
             return self._automatic, ()
         if type(requested) is not dict and not isinstance(requested, collections.abc.Mapping):
             raise TypeError(f"requested must be a dict such as {{'tokens': 100}}, not {requested!r}")
-        wants: dict[str, Any] = self._automatic.copy()
-        owed = []
+        owed: list[str]
+        wants, owed = self._automatic.copy(), []
         for key, n in requested.items():
             limit = self._limits.get(key)
             if limit is None:
@@ -3547,7 +3553,7 @@ class LimitSet:
                 del wants[key]
         return wants, owed
 
-    def _check(self, wants: Mapping[str, Any] | None, usage: Mapping[str, Any] | None) -> None:
+    def _check(self, wants: dict[str, float] | None, usage: dict[str, float] | None) -> None:
         """Raise a KeyError, TypeError or ValueError for what no LimitSet would ask: a worker may be out of its mind."""
         for key, n in (wants or {}).items():
             self._limits[key]._amount(n)
@@ -3555,7 +3561,7 @@ class LimitSet:
             if key not in self._limits or not 0 <= n <= _LARGEST:
                 raise ValueError(f"usage {n!r} of {key!r}")
 
-    def _warn_unknown(self, key: Any, level: int) -> None:
+    def _warn_unknown(self, key: str, level: int) -> None:
         if key not in self._warned:
             self._warned.add(key)
             import warnings
@@ -3592,7 +3598,8 @@ class LimitSet:
         for seconds in self._steps(home, ticket, timeout):
             ticket.bell.sleep(seconds)
 
-    async def _acquire_async(self, wants: dict[str, Any], owed: Sequence[str], timeout: float | None) -> _Acquisition:
+    async def _acquire_async(self, wants: dict[str, float], owed: Sequence[str],
+                             timeout: float | None) -> _Acquisition:
         import asyncio
         home, ticket = self._home, _Ticket(wants)
         ticket.bell, ticket.loop = _Bell(), asyncio.get_running_loop()
@@ -3617,10 +3624,10 @@ class LimitSet:
                     f"{limit.capacity}, in a `with` block around this; acquire all of it there, or less here"))
 
     @staticmethod
-    def _timeout(ticket: _Ticket, timeout: float | None) -> BaseException:
+    def _timeout(ticket: _Ticket, timeout: float | None) -> TimeoutError:
         return _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
 
-    def _steps(self, home: Any, ticket: _Ticket, timeout: float | None) -> Iterator[float | None]:
+    def _steps(self, home: _Desk | _Away, ticket: _Ticket, timeout: float | None) -> Iterator[float | None]:
         """Yield the seconds to sleep on the bell, None: until it rings, while the ticket is not granted."""
         deadline = _deadline(timeout)
         while not ticket.is_granted:
@@ -3648,7 +3655,7 @@ class LimitSet:
     def __repr__(self) -> str:
         return f"LimitSet([{', '.join(map(repr, self._limits.values()))}])"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         if self is _UNLIMITED:
             return _limits_for_worker, (None,)
         if _here.kept is not None:
@@ -3665,9 +3672,8 @@ class _Acquisition:
 
     __slots__ = "_limits", "_home", "_ticket", "_owed"
 
-    def __init__(self, limits: LimitSet, home: Any, ticket: _Ticket, owed: Sequence[str]) -> None:
+    def __init__(self, limits: LimitSet, home: _Desk | _Away, ticket: _Ticket, owed: Sequence[str]) -> None:
         self._limits, self._home, self._ticket, self._owed = limits, home, ticket, owed
-
     @property
     def successful(self) -> bool:
         return self._ticket.is_granted
@@ -3722,7 +3728,7 @@ class _Acquisition:
         self._ticket.owner = threading.get_ident()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         ticket = self._ticket
         if not ticket.is_over:
             ticket.is_over = True
@@ -3741,7 +3747,7 @@ class _Acquisition:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         self.__exit__(kind, error, traceback)
 
     def __repr__(self) -> str:
@@ -3769,13 +3775,13 @@ class _Held(_Acquisition):
 class _AsyncAcquire:
     """What `async_acquire` returns: to be awaited, or used with `async with`."""
 
-    def __init__(self, acquire: Callable[[], Coroutine[Any, Any, _Acquisition]]) -> None:
+    def __init__(self, acquire: Callable[[], Coroutine[Any, Any, _Acquisition | _Free]]) -> None:
         self._acquire = acquire
 
-    def __await__(self) -> Generator[Any, Any, _Acquisition]:
+    def __await__(self) -> Generator[Any, None, _Acquisition | _Free]:
         return self._acquire().__await__()
 
-    async def __aenter__(self) -> _Acquisition:
+    async def __aenter__(self) -> _Acquisition | _Free:
         self._acquired = await self._acquire()
         return self._acquired
 
@@ -3796,7 +3802,7 @@ class _Free:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
 
-    def update(self, usage: object = None) -> None:
+    def update(self, usage: Mapping[str, float] | None = None) -> None:
         pass
 
     def release(self) -> None:
@@ -3814,7 +3820,7 @@ class _Free:
     async def __aexit__(self, *exc_info: object) -> None:
         return None
 
-    def __await__(self) -> Generator[Any, Any, Self]:
+    def __await__(self) -> Generator[Any, None, Self]:
         return self
         yield
 
@@ -3848,15 +3854,16 @@ class LimitPool:
         self.load_balancing = LoadBalancingAlgorithm(load_balancing)
         if self.load_balancing not in (LoadBalancingAlgorithm.RoundRobin, LoadBalancingAlgorithm.Random):
             raise ValueError(f"load_balancing={load_balancing!r} is not possible for limits: 'round_robin' or 'random'")
-        self.worker_index = _parse("worker_index", worker_index, {"worker_index": _whole(0, none=False)})
+        self.worker_index: int = _parse("worker_index", worker_index, {"worker_index": _whole(0, none=False)})
         self._turns = itertools.count(self.worker_index)
 
-    def acquire(self, requested: Mapping[str, float] | None = None, timeout: float | None = None) -> _Acquisition:
+    def acquire(self, requested: Mapping[str, float] | None = None,
+                timeout: float | None = None) -> _Acquisition | _Free:
         """Take it from the set whose turn it is, or from another that has it now; see LimitSet.acquire."""
         sets = self._in_turn(requested)
         return self._from_any(sets, requested) or sets[0].acquire(requested, timeout)
 
-    def try_acquire(self, requested: Mapping[str, float] | None = None) -> _Acquisition:
+    def try_acquire(self, requested: Mapping[str, float] | None = None) -> _Acquisition | _Free:
         """Take it from any set that has it now; see LimitSet.try_acquire."""
         sets = self._in_turn(requested)
         return self._from_any(sets, requested) or sets[0].try_acquire(requested)
@@ -3867,7 +3874,7 @@ class LimitPool:
         return _AsyncAcquire(functools.partial(self._acquire_async, self._in_turn(requested), requested, timeout))
 
     async def _acquire_async(self, sets: list[LimitSet], requested: Mapping[str, float] | None,
-                             timeout: float | None) -> _Acquisition:
+                             timeout: float | None) -> _Acquisition | _Free:
         return self._from_any(sets, requested) or await sets[0].async_acquire(requested, timeout)
 
     def get_stats(self) -> list[dict[str, dict[str, Any]]]:
@@ -3882,17 +3889,19 @@ class LimitPool:
         else:
             first = next(self._turns) % len(self._sets)
         able: list[LimitSet] = []
+        refusal: Any = None
         for each in self._sets[first:] + self._sets[:first]:
             try:
                 each._plan(requested)
                 able.append(each)
             except ValueError as error:
-                if each is self._sets[first - 1] and not able:      # the last one
-                    raise error
+                refusal = error
+        if not able:
+            raise refusal
         return able
 
     @staticmethod
-    def _from_any(sets: list[LimitSet], requested: Mapping[str, float] | None) -> _Acquisition | None:
+    def _from_any(sets: list[LimitSet], requested: Mapping[str, float] | None) -> _Acquisition | _Free | None:
         for each in sets:
             acquired = each.try_acquire(requested)
             if acquired.successful:
@@ -3908,11 +3917,12 @@ class LimitPool:
     def __repr__(self) -> str:
         return f"LimitPool({list(self._sets)!r}, {self.load_balancing.value!r})"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _limit_pool, (self._sets, self.load_balancing, self.worker_index)
 
 
-def _limit_pool(limit_sets: Iterable[LimitSet], load_balancing: LoadBalancingAlgorithm, worker_index: int) -> LimitPool:
+def _limit_pool(limit_sets: tuple[LimitSet, ...], load_balancing: LoadBalancingAlgorithm,
+                worker_index: int) -> LimitPool:
     """Load a LimitPool: in a worker process its round begins with the worker."""
     return LimitPool(limit_sets, load_balancing, worker_index + _worker_index)
 
@@ -3948,11 +3958,11 @@ def _limits_for_worker(option: Any) -> LimitSet | LimitPool:
 
 
 _UNLIMITED = LimitSet()
-_WITHOUT: tuple[Any, Any, Any] = _UNLIMITED, None, None
+_WITHOUT = _UNLIMITED, None, None
 _worker_index = 0               # of the worker process that this is
 
 # By id: a worker's object may be frozen, have slots, or replace its __dict__ in its constructor.
-_limits_of: dict[int, tuple[Any, Any, Any]] = {}
+_limits_of: dict[Any, tuple[LimitSet | LimitPool, _Runner | None, weakref.ref[Any] | None]] = {}
 
 
 def _give_limits(target: Any, limits: LimitSet | LimitPool, runner: _Runner | None = None) -> None:
@@ -3962,7 +3972,7 @@ def _give_limits(target: Any, limits: LimitSet | LimitPool, runner: _Runner | No
     _limits_of[number] = limits, runner, follow
 
 
-def _runner_of(target: Any) -> Any:
+def _runner_of(target: Any) -> _Runner | None:
     """Return the runner of an object that lives in a worker with retries, else None."""
     return _limits_of.get(id(target), _WITHOUT)[1]
 
@@ -3977,7 +3987,7 @@ class _RoundRobin:
     def __init__(self) -> None:
         self.turn = 0
 
-    def choose(self, backends: list[Any], room: float) -> Any:
+    def choose(self, backends: Sequence[_Backend], room: float) -> _Backend | None:
         for _ in backends:
             backend = backends[self.turn % len(backends)]
             self.turn = (self.turn + 1) % len(backends)
@@ -3985,7 +3995,7 @@ class _RoundRobin:
                 return backend
         return None
 
-    def stats(self, backends: list[Any]) -> dict[str, Any]:
+    def stats(self, backends: Sequence[_Backend]) -> dict[str, Any]:
         return {}
 
 
@@ -3994,12 +4004,12 @@ class _LeastActive:
 
     algorithm = "LeastActiveLoad"
 
-    def choose(self, backends: list[Any], room: float) -> Any:
+    def choose(self, backends: Sequence[_Backend], room: float) -> _Backend | None:
         loads = [len(backend.calls) for backend in backends]
         fewest: Any = min(loads, default=room)
         return backends[loads.index(fewest)] if fewest < room else None
 
-    def stats(self, backends: list[Any]) -> dict[str, Any]:
+    def stats(self, backends: Sequence[_Backend]) -> dict[str, Any]:
         active = {backend.index: len(backend.calls) for backend in backends}
         return {"active_calls": active, "total_active": sum(active.values())}
 
@@ -4009,11 +4019,11 @@ class _LeastTotal:
 
     algorithm = "LeastTotalLoad"
 
-    def choose(self, backends: list[Any], room: float) -> Any:
+    def choose(self, backends: Sequence[_Backend], room: float) -> _Backend | None:
         free = [backend for backend in backends if len(backend.calls) < room]
         return min(free, key=lambda backend: backend.total, default=None)
 
-    def stats(self, backends: list[Any]) -> dict[str, Any]:
+    def stats(self, backends: Sequence[_Backend]) -> dict[str, Any]:
         return {"total_calls": {backend.index: backend.total for backend in backends}}
 
 
@@ -4026,11 +4036,11 @@ class _Random:
         import random
         self.pick = random.choice
 
-    def choose(self, backends: list[Any], room: float) -> Any:
+    def choose(self, backends: Sequence[_Backend], room: float) -> _Backend | None:
         free = [backend for backend in backends if len(backend.calls) < room]
         return self.pick(free) if free else None
 
-    def stats(self, backends: list[Any]) -> dict[str, Any]:
+    def stats(self, backends: Sequence[_Backend]) -> dict[str, Any]:
         return {}
 
 
@@ -4055,7 +4065,7 @@ class _Call:
     shared: Any = None          # ... the function that has to be there first, ...
     dependencies: Any = ()      # ... to Ray: ObjectRefs of what it brings itself, ...
     link: Any = None            # ... where it was sent, ...
-    deaths: tuple[Any, ...] = ()        # ... and the processes that died while they ran it
+    deaths: tuple[tuple[str, int | None, int | None], ...] = ()     # ... and the processes that died while they ran it
     task: Any = None            # the asyncio task that carries it out
     steps: Any = None           # the retry loop of a plain method in asyncio mode, ...
     is_again = False            # ... which has put it in line once more
@@ -4063,7 +4073,7 @@ class _Call:
     is_late = False             # it had to wait for futures among its arguments
     count = 1                   # how many calls of the user's it stands for
     alarm: Any = None           # the timer of its `call_timeout`
-    overran: float | None = None        # that it had, in seconds, and has exceeded
+    overran: float | None = None    # that it had, in seconds, and has exceeded
 
     def __init__(self, pool: _Pool, future: BaseFuture[Any], method: str, args: tuple[Any, ...],
                  kwargs: dict[str, Any]) -> None:
@@ -4072,7 +4082,7 @@ class _Call:
         self.method = method
         self.args: Any = args
         self.kwargs: Any = kwargs or _NO_KWARGS
-        self.context: Any = contextvars.copy_context()
+        self.context: contextvars.Context | Any = contextvars.copy_context()
         self.since = _now()           # when it was submitted, or the last future among its arguments was done
         self.began: float | None = None     # when, as far as that is known here
         self.backend: Any = None    # where it was placed
@@ -4131,11 +4141,11 @@ def _attempt(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 class _Recipe:
     """How to build the user's object, again if need be."""
 
-    def __init__(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Any,
-                 options: Any) -> None:
+    def __init__(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], bound: Callable[..., Any] | None,
+                 options: _Options) -> None:
         self.cls, self.args, self.kwargs = cls, args, kwargs
         self.bound = bound          # the function that a TaskWorker always calls
-        self.name = options.name or cls.__name__        # of the worker, before its number
+        self.name: str = options.name or cls.__name__        # of the worker, before its number
         self.initializer, self.initargs, self.initkwargs = options.initializer, options.initargs, options.initkwargs
         self.most_tasks, self.most_memory = options.max_tasks_per_worker, options.max_worker_memory
         self.limits = _limits_for_worker(options.limits)
@@ -4151,13 +4161,14 @@ class _Recipe:
         try:
             return self.cls(*self.args, **self.kwargs)
         except BaseException:
-            _limits_of.pop(_here.made, None)    # type: ignore[call-overload]
+            _limits_of.pop(_here.made, None)
             raise
         finally:
             _here.building, _here.made = None, around
 
 
-_private_loops: weakref.WeakSet[Any] = weakref.WeakSet()    # on which nothing runs but the call that may block them
+# On which nothing runs but the call that may block them.
+_private_loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
 class _Runner:
@@ -4166,7 +4177,7 @@ class _Runner:
     Made, used and closed in the worker's own thread, and so is the object.
     """
 
-    def __init__(self, recipe: _Recipe, halt: _Halt, loop: Any = None) -> None:
+    def __init__(self, recipe: _Recipe, halt: _Halt, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop, self._owns_loop = loop, loop is None
         self._async_names = recipe.async_names
         if self._owns_loop and self._async_names:
@@ -4190,7 +4201,8 @@ class _Runner:
         bound = getattr(self.target, method)
         return _attempt(_bare(bound) if self.retries else bound, args, kwargs)
 
-    def attempts(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def attempts(self, method: str, args: tuple[Any, ...],
+                 kwargs: dict[str, Any]) -> Generator[Any, Any, tuple[str, Any]] | None:
         """Return the retry loop for a call, to be driven; None if it is made once."""
         retries = self.retries.get(method)
         if retries is None:
@@ -4242,23 +4254,24 @@ class _Runner:
 
     def call_within(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call by another method of the object: return its result, or a coroutine, or raise."""
-        steps = self.attempts(name, args, kwargs)
+        steps: Any = self.attempts(name, args, kwargs)
         next(steps)                         # that is: run it
         outcome = _attempt(method, args, kwargs)
         if isinstance(outcome[1], types.CoroutineType):
             return self._await_rest(steps, outcome[1], method, args, kwargs)
         return _result_of(*_drive(_resumed(steps, outcome), lambda: _attempt(method, args, kwargs), self.halt))
 
-    async def _await_rest(self, steps: Any, coroutine: Any, method: Callable[..., Any], args: tuple[Any, ...],
-                          kwargs: dict[str, Any]) -> Any:
+    async def _await_rest(self, steps: Generator[Any, Any, tuple[str, Any]], coroutine: Awaitable[Any],
+                          method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _result_of(*await self.go_on(steps, coroutine, lambda: _captured(method(*args, **kwargs))))
 
-    async def go_on(self, steps: Any, coroutine: Any, run: Callable[[], Awaitable[tuple[str, Any]]]) -> tuple[str, Any]:
+    async def go_on(self, steps: Generator[Any, Any, tuple[str, Any]] | None, coroutine: Awaitable[Any],
+                    run: Callable[[], Awaitable[tuple[str, Any]]]) -> tuple[str, Any]:
         """Go on with a retry loop, None: there is none, whose call has returned a coroutine."""
         outcome = await _captured(coroutine)
         return outcome if steps is None else await _drive_async(_resumed(steps, outcome), run, self.halt)
 
-    def is_async(self, call: Any) -> bool:
+    def is_async(self, call: _Call) -> bool:
         """Tell whether the call belongs on the event loop."""
         return call.method in self._async_names or (
             isinstance(self.target, TaskWorker) and self.target._is_async(call))
@@ -4277,7 +4290,7 @@ class _Runner:
         except BaseException:
             logger.exception("exception while a worker was closed")
 
-    def _own_loop(self) -> Any:
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             import asyncio
             self._loop = asyncio.new_event_loop()
@@ -4286,7 +4299,7 @@ class _Runner:
                 asyncio.set_event_loop(self._loop)
         return self._loop
 
-    def _complete(self, coroutine: Any) -> tuple[str, Any]:
+    def _complete(self, coroutine: Awaitable[Any]) -> tuple[str, Any]:
         """Run a coroutine to its end on this worker's loop, though another may run in this thread."""
         import asyncio
         loop = self._own_loop()
@@ -4295,7 +4308,7 @@ class _Runner:
             _private_loops.add(loop)
         with _OtherLoop():
             try:
-                return loop.run_until_complete(_captured(coroutine))    # type: ignore[no-any-return]
+                return loop.run_until_complete(_captured(coroutine))
             finally:
                 if loop is not self._loop:
                     _close_loop(loop)
@@ -4404,7 +4417,7 @@ async def _captured(coroutine: Awaitable[Any]) -> tuple[str, Any]:
         return _ERROR, _without_our_frame(error)
 
 
-def _close_loop(loop: Any) -> None:
+def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel what is left on an event loop that no longer runs, and close it."""
     import asyncio
     tasks = asyncio.all_tasks(loop)
@@ -10901,7 +10914,7 @@ class Worker:
     @property
     def limits(self) -> LimitSet | LimitPool:
         """The limits of the worker this object lives in; without any, everything is granted at once."""
-        return _limits_of.get(id(self), _WITHOUT)[0]    # type: ignore[no-any-return]
+        return _limits_of.get(id(self), _WITHOUT)[0]
 
 
 _NOT_THE_USERS = frozenset(["options", "init", "limits"])
