@@ -4768,8 +4768,10 @@ class _ThreadBackend(_Backend):
             try:
                 self._start_thread()
                 return
-            except RuntimeError:        # at the interpreter's exit: this thread goes on, with a new object
+            except Exception as error:          # at the interpreter's exit, or of a thread factory
                 self.thread = threading.current_thread()
+                logger.debug("%s: no new thread could be started, this one goes on with a new object (%s)",
+                             self.name, error)
         _settle(self.ended, _RESULT, None)
 
     def _work(self) -> bool:
@@ -4872,6 +4874,7 @@ class _AsyncioBackend(_Backend):
         self.inbox: collections.deque[_Call | None] = collections.deque()       # for the loop
         import asyncio
         self.is_over = False                    # the loop is stopped for good
+        self.is_serving = False                 # it is neither being built nor being retired
         self.is_finishing = False               # no call will come any more
         self.is_woken = False                   # the loop knows that there is something in it
         self.waits: set[Any] = set()            # tasks that wait between attempts of plain methods
@@ -4927,8 +4930,9 @@ class _AsyncioBackend(_Backend):
                 pass
 
     def _retire(self) -> None:
-        """Have the loop end for another one to take its place; on the loop, perhaps more than once."""
-        if self.left <= 0 and not self.inside:
+        """Have the loop end for another one to take its place; on a loop, this one or the next, perhaps again."""
+        if self.is_serving and self.left <= 0 and not self.inside:
+            self.is_serving = False
             self.loop.stop()
 
     def finish(self) -> None:
@@ -4963,8 +4967,13 @@ class _AsyncioBackend(_Backend):
         """Have the plain methods go on on another thread, with the same queue: this one may never return."""
         logger.warning("%s: a plain method is given up, and its thread left to itself", self.name)
         self.tally.deaths += 1
-        self.companion = self.make_thread(self._main_beside, self.name + "-plain")
-        self.companion.start()
+        try:
+            self.companion = self.make_thread(self._main_beside, self.name + "-plain")
+            self.companion.start()
+        except Exception as error:
+            self.pool.lose(self, error)
+            self.finish()
+            self._stop_loop()
 
     def is_here(self) -> bool:
         return threading.current_thread() in (self.thread, self.companion)
@@ -5052,6 +5061,10 @@ class _AsyncioBackend(_Backend):
                 self.loop.call_soon(self._begin_calls)      # of what has come since the other one was left
                 self._live()
             self.companion.join()
+        except BaseException as error:
+            logger.exception("the event loop of %s failed", self.name)
+            self.plain.put(None)
+            self.pool.lose(self, error)
         finally:
             _settle(self.ended, _RESULT, None)
 
@@ -5067,18 +5080,21 @@ class _AsyncioBackend(_Backend):
                 is_left = True
             except BaseException:       # a SystemExit in a task of the user's own
                 logger.exception("exception on the event loop of %s; the loop goes on", self.name)
+        if self.runner is not None:
+            self.runner.close()
         try:
-            if self.runner is not None:
-                self.runner.close()
-        finally:
             _close_loop(self.loop)
+        except BaseException:           # a task that is cancelled stops the loop, say
+            logger.exception("exception while the event loop of %s was closed", self.name)
 
     async def _build_on_loop(self) -> None:
         if not self.is_replacement:
-            if not self._build(self.loop):
+            self.is_serving = self._build(self.loop)
+            if not self.is_serving:
                 self._stop()
         elif self._rebuild(self.loop):
             self.left = self.pool.options.max_tasks_per_worker
+            self.is_serving = True
             self.pool.have(self._let_in)
         else:
             self.plain.put(None)
@@ -7510,8 +7526,8 @@ class _ProcessBackend(_Backend):
         """
         call.is_unwanted = True
         link = self.link
-        if link is None or link.process is None or all(sent is not call for sent, _ in list(link.sent)):
-            return
+        if link is None or link.retirement is not None or all(sent is not call for sent, _ in list(link.sent)):
+            return                      # it does not run
         is_halted = len(link.sent) > 1
         if is_halted:
             link.process.halt()
@@ -7607,6 +7623,7 @@ class _ProcessBackend(_Backend):
     def _launch(self) -> None:
         """Start a process and send it the recipe."""
         if self.is_finishing and not self.calls:
+            _settle(self.started, _RESULT, None)        # nobody will miss it
             self._end()
             return
         self.cause = None
@@ -7656,6 +7673,10 @@ class _ProcessBackend(_Backend):
                 self._hear_last(link)
             begun, unbegun = self._sort_out(link)
             again = [call for call in begun if self._may_run_again(call)]
+            for call in unbegun:        # whatever was thought of its time: it begins anew
+                if call.alarm is not None:
+                    self.reader.cancel(call.alarm)
+                call.alarm, call.overran, call.is_unwanted = None, None, False
             self.queue.extendleft(reversed(again + unbegun))
             self.link = self.dead = None
         finally:
@@ -9555,7 +9576,10 @@ class _TimeKeeper:
         backend = call.backend
         if backend is not None and not call.future.done():
             call.overran = seconds
-            backend.overrun(call)
+            try:
+                backend.overrun(call)
+            except Exception:           # of a thread factory: it must not end the thread that hears everybody
+                logger.exception("exception while %s was ended", call.future)
 
     def end(self) -> None:
         self.reader.post(self.reader.backends.discard, self)
@@ -9833,8 +9857,16 @@ class _Pool:
         backend = self.kind(self, next(index for index in itertools.count() if index not in taken))
         backend.is_replacement = is_replacement
         backend.start()
-        self.backends = [*self.backends, backend]
+        self._add(backend)
         return backend
+
+    def _add(self, backend: _Backend) -> None:
+        self.backends = sorted([*self.backends, backend], key=lambda backend: backend.index)
+        # Looked at afterwards: who has ended all workers since may not have seen this one.
+        if self.is_stopped:
+            backend.kill("was stopped")
+        elif self.is_finishing and not self.calls:
+            backend.finish()
 
     def leave(self, call: _Call, kind: str) -> None:
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
@@ -9892,7 +9924,6 @@ class _Pool:
             if size != 1:
                 raise ValueError(f"n={size} is not possible: mode {self.options.mode.value!r} has exactly one worker")
             return
-        self.options.max_workers = size
         added: BaseFuture[list[_Backend]] = BaseFuture()
         self.have(functools.partial(self._resize, size, [], added))
         if self.turn.get("is") == [threading.get_ident()]:      # we have interrupted that
@@ -9907,6 +9938,7 @@ class _Pool:
             raise
 
     def _resize(self, size: int, added: list[_Backend], outcome: BaseFuture[list[_Backend]], refused: Any) -> None:
+        self.options.max_workers = size
         try:
             while len(self._usable()) < size and not self.on_demand and self.closed is None:
                 added.append(self._grow(is_replacement=True))
@@ -9965,7 +9997,7 @@ class _Pool:
             new.calls = dict.fromkeys(calls)
             self.chores.append(functools.partial(self._lose, new, error))
             return
-        self.backends = sorted([*self.backends, new], key=lambda backend: backend.index)
+        self._add(new)
 
     def lose(self, backend: _Backend, error: BaseException) -> None:
         """Give up a worker that cannot be started: the others take over, or all fails with this error."""
@@ -11317,7 +11349,8 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     The function and its arguments travel as to workers in process mode, by value where they must, and no
     `if __name__ == "__main__"` is needed. The handle has `pid`, `is_alive()`, `join(timeout)`, `poll()`, `terminate()`,
     `kill()`, `exitcode` and `result(timeout)`. The process ends with this one, however that ends; the exit of this
-    interpreter waits for it. Settings of `global_config` do not hold for it.
+    interpreter waits for it. It does not wait for threads that the function has left running. Settings of
+    `global_config` do not hold for it.
 
     Raises TypeError if `fn` cannot be called, PicklingError for what cannot travel.
     """
@@ -11328,7 +11361,9 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     pool = _Pool(_Recipe(TaskWorker, (), {}, None, options), options)
     pool.start()
     future = pool.submit("submit", (_as_process, fn, args), kwargs)
-    process = _Subprocess(pool.backends[0], future)
+    backend: Any = pool.backends[0]
+    process = _Subprocess(backend, future)
+    backend.is_finishing = True         # no other process takes its place
     pool.finish()
     error: Any = future.exception() if future.done() else None
     if isinstance(error, _pickle().PicklingError):
@@ -11361,7 +11396,10 @@ class _Ending:
         global _exit_code
         if kind is not None:
             code = error.code if isinstance(error, SystemExit) else 1
-            _exit_code = code & 255 if isinstance(code, int) else int(code is not None)
+            if not isinstance(code, (int, type(None))):         # as the interpreter does
+                print(code, file=sys.stderr)
+                code = 1
+            _exit_code = (code or 0) & 255
 
 
 def serve(*handles: _Handle, timeout: float | None = None) -> NoReturn:

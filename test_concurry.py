@@ -2989,6 +2989,11 @@ class LimitPoolTests(CleanTestCase):
         self.assertEqual(asyncio.run(main()), 1)
         self.assertIs(pool[1], pool._sets[1])
 
+    def test_one_set_twice(self):
+        small, large = LimitSet([ResourceLimit("c", 1)]), LimitSet([ResourceLimit("c", 5)])
+        with LimitPool([small, large, small]).acquire({"c": 3}):
+            self.assertEqual(large.get_stats()["c"]["in_use"], 3)
+
     def test_chance(self):
         pool = LimitPool(self.sets(), "random")
         self.assertEqual({pool.try_acquire().config["account"] for _ in range(100)}, {0, 1, 2})
@@ -6125,6 +6130,54 @@ class RecyclingOneModeTests(ProgramCase):
         worker.stop(0)                  # those that are held back have not begun
         self.assertEqual([call.cancelled() for call in held], [True] * 5)
 
+    def test_calls_that_come_while_a_loop_is_closed(self):
+        closing, go = self.flag(), self.flag()
+        worker = self.start(ClosesSlowly, closing, go, mode="asyncio", max_tasks_per_worker=1)
+        calls = [worker.leave_something()]
+        closing.wait()
+        calls += [worker.leave_something() for _ in range(3)]
+        go.set()
+        self.assertEqual(gather(calls, timeout=SAFETY), [1] * 4)
+
+    def test_calls_that_come_before_a_loop_runs(self):
+        """One that finds the last object gone must not have the next one retired."""
+        real, submitted = asyncio.set_event_loop, threading.Event()
+        worker = self.start(Counter, mode="asyncio", max_tasks_per_worker=1)
+        calls = []
+
+        def set_event_loop(loop):
+            real(loop)
+            if not submitted.is_set():
+                calls.extend(in_thread(lambda: [worker.add_async() for _ in range(5)]).result(SAFETY))
+                submitted.set()
+        with unittest.mock.patch("asyncio.set_event_loop", set_event_loop):
+            first = worker.add_async()
+            self.assertTrue(submitted.wait(SAFETY))
+            self.assertEqual(gather([first, *calls], timeout=SAFETY), [1] * 6)
+            until(lambda: worker.stats()["retired"] == 6)
+
+    def test_threads_that_cannot_be_made(self):
+        made = itertools.count()
+
+        def factory(**options):
+            if next(made) == 1:
+                raise ValueError("no thread today")
+            return threading.Thread(**options)
+        with self.start(TaskWorker, mode="thread", max_tasks_per_worker=2, thread_factory=factory) as pool:
+            self.assertEqual(list(pool.map(square, range(5))), [0, 1, 4, 9, 16])
+
+    def test_a_call_that_was_sent_to_a_process_that_is_about_to_end(self):
+        """Its time has not begun, and the process that clears up is not killed for it."""
+        cleared, started, go = self.flag(), self.flag(), self.flag()
+        worker = self.start(ClearsUp, cleared, mode="process", max_tasks_per_worker=20, call_timeout={"hold": 0.2},
+                            max_queued_tasks=None)
+        gather([worker.quick() for _ in range(19)], timeout=SAFETY)
+        calls = [worker.quick(), worker.hold(started, go), worker.quick()]
+        self.assertIsInstance(calls[1].exception(SAFETY), CallTimeoutError)
+        self.assertEqual(cleared.count(), 1)
+        self.assertIsNone(calls[2].result(SAFETY))
+        go.set()
+
     def test_at_the_interpreters_exit(self):
         for mode in ("thread", "process", "asyncio"):
             code = f"""
@@ -6163,6 +6216,44 @@ class RecyclingOneModeTests(ProgramCase):
             for value in (0, -1, 1.5, "many", True):
                 with self.assertRaisesRegex(ValueError, f"{option}={value!r} is not possible: a whole number from 1"):
                     Counter.options(mode="process", **{option: value})
+
+
+class ClosesSlowly(Worker):
+    """What it leaves on its loop ends slowly when it is cancelled."""
+
+    def __init__(self, closing, go):
+        self.closing, self.go, self.count = closing, go, 0
+
+    async def leave_something(self):
+        self.count += 1
+        self.task = asyncio.ensure_future(self.end_slowly())
+        await asyncio.sleep(0)
+        return self.count
+
+    async def end_slowly(self):
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.closing.set()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            self.go.wait()
+
+
+class ClearsUp(Worker):
+    def __init__(self, cleared):
+        self.cleared = cleared
+
+    def quick(self):
+        pass
+
+    def hold(self, started, go):
+        started.set()
+        go.wait()
+
+    def __del__(self):
+        time.sleep(0.5)             # longer than the time limit
+        self.cleared.set()
 
 
 class SaysItIsBuilt(Worker):
@@ -6380,6 +6471,23 @@ class ResizeTests:
         until(lambda: pool.get_pool_stats()["total_workers"] == 1)
         self.assertEqual((pool.fine().result(SAFETY), pool.max_workers), ("fine", 1))
 
+    def test_together_with_others(self):
+        """Whoever comes last decides; nobody waits for a worker that was dismissed, or is left over."""
+        for n in range(10 if self.mode == "thread" else 3):
+            pool = self.make(Counter)
+            sizes = [in_thread(pool.resize, size) for size in (3, 1, 2)]
+            ends = [in_thread(pool.stop, 5)] if n % 2 else []
+            for each in sizes:
+                if each.exception(SAFETY) is not None:          # it was stopped before
+                    self.assertIsInstance(each.exception(), (RuntimeError, WorkerDiedError))
+                    self.assertTrue(ends)
+            for each in ends:
+                each.result(SAFETY)
+            until(lambda pool=pool: pool._pool.is_stopped or
+                  pool.get_pool_stats()["total_workers"] == pool.max_workers)
+            pool.stop()
+            until(lambda pool=pool: all(backend.ended.done() for backend in pool._pool.backends))
+
     def test_on_demand(self):
         pool = self.make(Counter, max_workers=1, on_demand=True)
         calls = [pool.hold(self.started, self.go), pool.echo(1)]
@@ -6400,6 +6508,38 @@ class ResizeTests:
 
 
 over_modes(globals(), [ResizeTests], ["thread", "process"])
+
+
+class ResizeOneModeTests(CleanTestCase):
+    def test_stopped_while_one_is_added(self):
+        adding, go = threading.Event(), threading.Event()
+
+        def factory(**options):
+            if threading.current_thread() is not threading.main_thread():
+                adding.set()
+                go.wait(SAFETY)
+            return threading.Thread(**options)
+        pool = self.start(Counter, mode="thread", thread_factory=factory)
+        resizing = in_thread(pool.resize, 2)
+        adding.wait(SAFETY)
+        stopping = in_thread(pool.stop, 5)
+        until(lambda: pool._pool.is_stopped)
+        go.set()
+        for each in resizing, stopping:
+            each.exception(SAFETY)
+        until(lambda: all(backend.ended.done() for backend in pool._pool.backends))
+
+    def test_only_one_try(self):
+        tries = itertools.count()
+
+        def initializer():
+            if next(tries) == 1:
+                raise ValueError("once")
+        pool = self.start(Counter, mode="thread", initializer=initializer)
+        self.assertRaisesRegex(ValueError, "once", pool.resize, 2)
+        until(lambda: (pool.get_pool_stats()["total_workers"], pool.max_workers) == (1, 1))
+        pool.resize(2)
+        self.assertEqual((pool.get_pool_stats()["total_workers"], pool.max_workers), (2, 2))
 
 
 class KillTests:
@@ -6441,6 +6581,26 @@ over_modes(globals(), [KillTests], ALL_MODES[1:])
 
 
 class KillOneModeTests(CleanTestCase):
+    def test_when_no_thread_can_be_made(self):
+        """That fails what the worker has, and nothing of others."""
+        started, go = self.flag(), self.flag()
+        self.addCleanup(CallTimeoutTests.see_threads_end, self, threading.enumerate())
+        self.addCleanup(go.set)
+        other = self.start(TaskWorker, mode="process")
+        for mode in ("asyncio", "thread"):
+            made = itertools.count()
+
+            def factory(made=made, most=2 if mode == "asyncio" else 1, **options):
+                if next(made) >= most:
+                    raise ValueError("no thread today")
+                return threading.Thread(**options)
+            with self.assertLogs("concurry", "WARNING"):
+                worker = self.start(Counter, mode=mode, thread_factory=factory, call_timeout={"hold": 0.1})
+                calls = [worker.hold(started, go), worker.echo(1)]
+                self.assertIsInstance(calls[0].exception(SAFETY), CallTimeoutError)
+                self.assertRegex(str(calls[1].exception(SAFETY)), "no thread today")
+                self.assertEqual(other.submit(square, 3).result(SAFETY), 9)
+
     def test_not_in_sync_mode(self):
         started, go = self.flag(), self.flag()
         worker = self.start(Counter, mode="sync")
@@ -6672,6 +6832,29 @@ class SubprocessTests(ProgramCase):
             process.join(SAFETY)
             self.assertEqual((process.is_alive(), process.exitcode), (False, code))
             getattr(process, end)()     # does nothing
+
+    def test_ended_before_it_has_begun(self):
+        """No other process takes its place."""
+        for end in ("terminate", "kill"):
+            ran = self.flag()
+            process = run_in_subprocess(ran.set)
+            getattr(process, end)()
+            process.join(SAFETY)
+            self.assertFalse(process.is_alive())
+            self.assertIn(process.exitcode, (0, -15, -9))
+            if process._future.exception(SAFETY) is not None:
+                self.assertIsInstance(process._future.exception(), WorkerDiedError)
+                self.assertEqual(process._future.exception().pid, process.pid)
+
+    def test_exit_with_a_text(self):
+        code = """
+        import sys
+        from concurry import run_in_subprocess
+        process = run_in_subprocess(sys.exit, "a reason")
+        process.join()
+        print(process.exitcode)
+        """
+        self.check_program(code, "1\n", way="file", errors="^a reason\n$")
 
     def test_what_cannot_travel(self):
         self.assertRaisesRegex(TypeError, "needs a function, not 3", run_in_subprocess, 3)
