@@ -3160,7 +3160,7 @@ class ResourceLimit(Limit):
 class _Ticket:
     """What somebody wants of a set's limits. Its home makes it so, whenever it is told to look at it."""
 
-    bell: Any = None            # rung when it is granted or refused, or `due` has changed
+    bell: _Bell | _Guest | None = None      # rung when it is granted or refused, or `due` has changed
     may_wait = True
     is_granted = is_refused = False
     is_over = False             # to be given back, or not wanted any more
@@ -3728,7 +3728,8 @@ class _Acquisition:
         self._ticket.owner = threading.get_ident()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: types.TracebackType | None) -> None:
         ticket = self._ticket
         if not ticket.is_over:
             ticket.is_over = True
@@ -3747,7 +3748,8 @@ class _Acquisition:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        traceback: types.TracebackType | None) -> None:
         self.__exit__(kind, error, traceback)
 
     def __repr__(self) -> str:
@@ -3927,13 +3929,13 @@ def _limit_pool(limit_sets: tuple[LimitSet, ...], load_balancing: LoadBalancingA
     return LimitPool(limit_sets, load_balancing, worker_index + _worker_index)
 
 
-def _read_limits(value: Any) -> Any:
+def _read_limits(value: Any) -> LimitSet | LimitPool | tuple[Any, ...] | None:
     """Read the option: what is given stays a description until a worker is made."""
     if value is None or isinstance(value, (LimitSet, LimitPool)):
         return value
     if type(value).__name__ in ("LimitSet", "LimitPool"):
         raise _Reason(f"it belongs to {type(value).__module__}, another copy of this module")
-    limits: Any = (value,) if isinstance(value, Limit) else tuple(value)
+    limits: tuple[Any, ...] = (value,) if isinstance(value, Limit) else tuple(value)
     try:
         if limits and isinstance(limits[0], LimitSet):
             LimitPool(limits)
@@ -4005,8 +4007,8 @@ class _LeastActive:
     algorithm = "LeastActiveLoad"
 
     def choose(self, backends: Sequence[_Backend], room: float) -> _Backend | None:
-        loads = [len(backend.calls) for backend in backends]
-        fewest: Any = min(loads, default=room)
+        loads: list[float] = [len(backend.calls) for backend in backends]
+        fewest = min(loads, default=room)
         return backends[loads.index(fewest)] if fewest < room else None
 
     def stats(self, backends: Sequence[_Backend]) -> dict[str, Any]:
@@ -4044,7 +4046,7 @@ class _Random:
         return {}
 
 
-_BALANCERS: dict[LoadBalancingAlgorithm, Any] = {
+_BALANCERS: dict[LoadBalancingAlgorithm, type[_RoundRobin | _LeastActive | _LeastTotal | _Random]] = {
     LoadBalancingAlgorithm.RoundRobin: _RoundRobin,
     LoadBalancingAlgorithm.LeastActiveLoad: _LeastActive,
     LoadBalancingAlgorithm.LeastTotalLoad: _LeastTotal,
@@ -4062,17 +4064,17 @@ class _Call:
     """A method and its arguments on the way to a worker, and the future of what comes of it."""
 
     message: Any = None         # where it goes to a process: the parts of its message ...
-    shared: Any = None          # ... the function that has to be there first, ...
-    dependencies: Any = ()      # ... to Ray: ObjectRefs of what it brings itself, ...
-    link: Any = None            # ... where it was sent, ...
+    shared: _Shared | None = None       # ... the function that has to be there first, ...
+    dependencies: Sequence[Any] = ()    # ... to Ray: ObjectRefs of what it brings itself, ...
+    link: _Link | None = None   # ... where it was sent, ...
     deaths: tuple[tuple[str, int | None, int | None], ...] = ()     # ... and the processes that died while they ran it
-    task: Any = None            # the asyncio task that carries it out
+    task: asyncio.Task[None] | None = None      # the asyncio task that carries it out
     steps: Any = None           # the retry loop of a plain method in asyncio mode, ...
     is_again = False            # ... which has put it in line once more
     is_unwanted = False         # it is to be ended wherever it runs
     is_late = False             # it had to wait for futures among its arguments
     count = 1                   # how many calls of the user's it stands for
-    alarm: Any = None           # the timer of its `call_timeout`
+    alarm: list[Any] | None = None      # the timer of its `call_timeout`
     overran: float | None = None    # that it had, in seconds, and has exceeded
 
     def __init__(self, pool: _Pool, future: BaseFuture[Any], method: str, args: tuple[Any, ...],
@@ -4085,9 +4087,9 @@ class _Call:
         self.context: contextvars.Context | Any = contextvars.copy_context()
         self.since = _now()           # when it was submitted, or the last future among its arguments was done
         self.began: float | None = None     # when, as far as that is known here
-        self.backend: Any = None    # where it was placed
-        self.gate: Any = None       # a lock that the thread which submits it sleeps on
-        self.watch: Any = None      # while it waits for futures among its arguments
+        self.backend: _Backend | None = None        # where it was placed
+        self.gate: threading.Lock | _RingingLock | None = None      # a lock that the thread which submits it sleeps on
+        self.watch: _Watch | None = None        # while it waits for futures among its arguments
 
     def reason(self, cause: BaseException) -> BaseException:
         """Return what the call fails with if nobody takes it any more: the cause, or what it has died of before."""
@@ -4342,7 +4344,7 @@ def _bare(method: Any) -> Any:
     return method if bare is None else bare.__get__(method.__self__)
 
 
-def _bare_of(fn: Any) -> Any:
+def _bare_of(fn: object) -> types.FunctionType | None:
     """Return the function that one of `_retry_within` wraps, else None: a decorator may have copied its attributes."""
     wrapper, bare = getattr(fn, "_retries", (None, None))
     return bare if wrapper is fn else None
