@@ -233,7 +233,13 @@ class WorkerDiedError(RuntimeError):
         self.started, self.deaths = started, deaths
 
 
-@functools.lru_cache(None)
+def _made_once(make: Callable[[], T]) -> Callable[[], T]:
+    """Have the same thing returned by all calls, though two threads may have made one each."""
+    made: dict[None, T] = {}
+    return lambda: made[None] if made else made.setdefault(None, make())
+
+
+@_made_once
 def _timeout_class() -> type[TimeoutError]:
     """Return the class of our TimeoutErrors: before 3.11 three unrelated classes had that name."""
     if TYPE_CHECKING:
@@ -249,7 +255,7 @@ def _timeout(message: str) -> TimeoutError:
     return _timeout_class()(message)
 
 
-@functools.lru_cache(None)
+@_made_once
 def _call_timeout_class() -> type[TimeoutError]:
     class CallTimeoutError(_timeout_class()):  # type: ignore[misc]
         """A call ran for longer than its `call_timeout`.
@@ -1394,7 +1400,9 @@ class _Told(_Screen):
         _here.callbacks += 1        # it must not wait for a place in a queue
         try:
             self.fn(shown.n, shown.total, shown.elapsed)
-        except BaseException:       # a SystemExit would end a worker's thread
+        except BaseException as error:      # a SystemExit would end a worker's thread
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise
             logger.debug("the function that progress is told raised this", exc_info=True)
         finally:
             _here.callbacks -= 1
@@ -3169,7 +3177,7 @@ class _Ticket:
     due = math.inf              # when the first in line may be granted, if this one has to look to it
     usage: Any = None           # amounts really used, by key, as far as they have been told
     counted: Any = None         # the `usage` that has been taken into account
-    owner: int | None = None    # the thread that is within its `with` block
+    owner: Any = None           # the thread that is within its `with` block
     home: Any = None            # where it is away, ...
     number: Any = None          # ... and what it is known by on its way there
     answer: Any = None          # what came back beside the verdict: a reason, or statistics
@@ -3613,9 +3621,16 @@ class LimitSet:
             raise
 
     def _refuse_to_wait_for_own(self, home: _Desk, ticket: _Ticket) -> None:
-        """Raise a RuntimeError where what this thread holds itself, by `with`, will never be free."""
+        """Raise a RuntimeError where what this thread holds itself, by a `with` that it is in, will never be free."""
         with home.lock:
-            mine = [held.wants for held in home.held if held.owner == threading.get_ident()]
+            owned = [held for held in home.held if held.owner is not None and held.owner[0] == threading.get_ident()]
+        if not owned:
+            return
+        around, frame = set(), sys._getframe(1).f_back      # an ExitStack, say, may be closed by others
+        while frame is not None:
+            around.add(id(frame))
+            frame = frame.f_back
+        mine = [held.wants for held in owned if held.owner[1] in around]
         for key, n in ticket.wants.items():
             limit, own = self._limits[key], sum(wants.get(key, 0) for wants in mine)
             if isinstance(limit, ResourceLimit) and own + n > limit.capacity:
@@ -3725,7 +3740,7 @@ class _Acquisition:
             self.__class__ = _Acquisition       # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> Self:
-        self._ticket.owner = threading.get_ident()
+        self._ticket.owner = threading.get_ident(), id(sys._getframe(1))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -4570,8 +4585,9 @@ class _Backend:
         """End a call that has run for too long, `call.overran` seconds; on the reader's thread."""
 
     def overrun_error(self, call: _Call, what: str) -> Any:
-        return _call_timeout_class()(f"{self.name} ran {call.method}() for more than {call.overran:g} seconds, its "
-                                     f"call_timeout: {what}", call.method, self.name, call.overran)
+        ran = f"{call.method}()" if call.count == 1 else f"a chunk of {call.count} items"
+        return _call_timeout_class()(f"{self.name} ran {ran} for more than {call.overran:g} seconds, its call_timeout: "
+                                     f"{what}", call.method, self.name, call.overran)
 
     def is_stuck_here(self, call: _Call) -> bool:
         """Tell whether a call of this worker cannot begin, or go on, while this thread waits for it."""
@@ -4749,6 +4765,7 @@ class _ThreadBackend(_Backend):
     def give_up(self) -> list[_Call]:
         """Return the calls that have not begun; the thread ends when it can."""
         calls = _taken_from(self.inbox)
+        self.halt.set()                 # the call that runs has failed: it is not made again
         self.finish()
         return calls
 
@@ -5155,6 +5172,9 @@ class _AsyncioBackend(_Backend):
 
     def _step(self, call: _Call, context: contextvars.Context, answer: Any) -> None:
         """Go on with a retry loop: to a wait, another run, or its end."""
+        if call.future.done():              # it took too long
+            call.steps.close()
+            return
         try:
             step = context.run(call.steps.send, answer)
         except StopIteration as end:
@@ -7313,6 +7333,7 @@ class _Link:
         self.is_built = False
         self.is_blocked = False             # the socket is full; the reader watches for room
         self.has_begun = False              # a call, ever
+        self.why = "died"                   # in words
         self.retirement: Any = None         # a timer: it takes no more calls, and is about to end
         self.is_broken = False              # by us: that is no failure of the worker
 
@@ -7524,20 +7545,26 @@ class _ProcessBackend(_Backend):
     def _end_call(self, call: _Call) -> None:
         """Kill the process that carries out this call; on the reader's thread.
 
-        It is halted first, where others have been sent after this one: it might have begun the next.
+        It is halted first, and its answers are heard: it might have begun the next call, which would be lost.
         """
         call.is_unwanted = True
         link = self.link
         if link is None or link.retirement is not None or all(sent is not call for sent, _ in list(link.sent)):
-            return                      # it does not run
-        is_halted = len(link.sent) > 1
-        if is_halted:
-            link.process.halt()
-            self._hear(link, selectors.EVENT_READ)
+            self._have_begin_anew(call)         # it does not run, or not yet
+            return
+        link.process.halt()
+        self._hear(link, selectors.EVENT_READ)
         if link.sent and link.sent[0][0] is call:
+            link.why = "was killed, for a call ran too long or was cancelled"
             link.process.kill()
-        elif is_halted:
+        else:
             link.process.kill(18)       # CONT
+
+    def _have_begin_anew(self, call: _Call) -> None:
+        """Forget what was thought of a call's time."""
+        if call.alarm is not None:
+            self.reader.cancel(call.alarm)
+        call.alarm, call.overran, call.is_unwanted = None, None, False
 
     def _news(self, link: _Link, shared: _Shared | None) -> list[Any]:
         """Return the messages that must be there before the call: a shared function, and the end of others."""
@@ -7675,10 +7702,8 @@ class _ProcessBackend(_Backend):
                 self._hear_last(link)
             begun, unbegun = self._sort_out(link)
             again = [call for call in begun if self._may_run_again(call)]
-            for call in unbegun:        # whatever was thought of its time: it begins anew
-                if call.alarm is not None:
-                    self.reader.cancel(call.alarm)
-                call.alarm, call.overran, call.is_unwanted = None, None, False
+            for call in again + unbegun:
+                self._have_begin_anew(call)
             self.queue.extendleft(reversed(again + unbegun))
             self.link = self.dead = None
         finally:
@@ -7770,8 +7795,8 @@ class _ProcessBackend(_Backend):
             self.pool.dismiss(self)
             return
         if link.retirement is None:
-            logger.warning("%s (pid %d) died, exit code %s: its state is lost, a new process takes its place",
-                           self.name, pid, exitcode)
+            logger.warning("%s (pid %d) %s, exit code %s: its state is lost, a new process takes its place",
+                           self.name, pid, link.why, exitcode)
             self.pool.restarts += 1
         self._launch()
 
@@ -7816,8 +7841,11 @@ class _ProcessBackend(_Backend):
         link, text, timeout = self.link, "", _DUMP_TIMEOUT
         if link is None or not link.is_built or not _dump_signal():
             return
-        link.process.kill(_dump_signal())
         try:
+            while _readable(link.lane.connection.fileno(), timeout=0):      # what came too late for the last one
+                if not link.lane.connection.recv(1 << 16):
+                    return
+            link.process.kill(_dump_signal())
             while _readable(link.lane.connection.fileno(), timeout=timeout):
                 data = link.lane.connection.recv(1 << 16)
                 if not data:
@@ -9764,6 +9792,8 @@ class _Pool:
 
     def is_stuck_here(self, call: _Call) -> bool:
         """Tell whether a call cannot begin, or go on, while this thread waits for it."""
+        if call.watch is not None:          # it may end without a worker
+            return False
         backends = self.backends
         backend = call.backend or (backends[0] if len(backends) == 1 and not self.on_demand else None)
         return backend is not None and backend.is_stuck_here(call)
@@ -10396,7 +10426,9 @@ class _Handle:
         threads, by faulthandler, also while C code holds the interpreter (on Linux). Ray's actors are asked by
         `ray stack`.
         """
-        self._pool.dump(file or sys.stderr)
+        file = sys.stderr if file is None else file
+        if file is not None:            # there may be no standard error
+            self._pool.dump(file)
 
     def __enter__(self) -> Self:
         return self
@@ -10856,10 +10888,19 @@ def _options(cls: type, **given: Any) -> _Builder:
     mp_context: in process mode "forkserver", "spawn" or "fork".
     crash_retries: how often a call that was running when its process died is run again, in a new one, from its
         beginning. Default 0: it is run at most once. No retry of `num_retries` is used up by it.
-    call_timeout: seconds that a call may run, its retries included; also a dict by method name. Then it fails with
-        CallTimeoutError: a process is killed and replaced, a coroutine in asyncio mode is cancelled, a thread cannot
-        be killed: it is left to itself, and another worker, made anew, takes its place. A chunk of `map` has so much
-        time for each of its items. Default None: no limit. Without effect in sync and ray mode.
+    call_timeout: seconds that a call may run, retries and waits for limits included; also a dict by method name. Then
+        it fails with CallTimeoutError: a process is killed and replaced, a coroutine in asyncio mode is cancelled, a
+        thread cannot be killed: it is left to itself, and another worker, made anew, takes its place. A chunk of `map`
+        has so much time for each of its items. Default None: no limit. Without effect in sync and ray mode.
+    max_tasks_per_worker: calls after which a worker makes place for a new one, between two calls: its object is dropped,
+        and another one built from the same arguments, in a thread or process of its own (in asyncio mode on a loop of
+        its own). A chunk of `map` is one call. Default None: never. Without effect in sync mode.
+    max_worker_memory: bytes; a process whose resident memory is more after a call makes place likewise. Default None.
+    initializer, initargs, initkwargs: a function, a tuple and a dict of its arguments: it is called first in every
+        worker, those that take the place of others too, and `init` raises what it raises. Default: none.
+    name: of the workers' threads and processes, in logs, errors and `top`: "name-0". Default: the class's name.
+    thread_factory: makes the threads of the workers, called with target, name and daemon by name; what it returns has
+        to be a threading.Thread that was not started. Default: that class.
     on_demand_linger: seconds that an idle on-demand TaskWorker is kept.
     num_cpus, num_gpus, resources, memory: what each actor of Ray needs: numbers, a dict by name, bytes.
     actor_options: a dict of Ray's other options for actors; not `max_concurrency` and `concurrency_groups`.
@@ -11488,7 +11529,7 @@ workers, and print a result a line, in order, as they come.
   --keep-going      go on after a line that failed; with --json a line
                     {"error": ..., "line": ...} stands in its place
   --retries N       try again what has failed, after longer and longer waits
-  --timeout SECONDS a line that takes longer fails; its process is killed
+  --timeout SECONDS a line that takes longer, waits included, fails
   --limit N/WINDOW  so many at most in any window: 100/minute, 5/second, 9/2.5
   --progress        show how far it is; so it is at a terminal: --no-progress
 Exit status: 0, 1 if a line failed, 2 for misuse, 130 on Ctrl-C.
@@ -11524,21 +11565,18 @@ class _Expression:
     def __init__(self, source: str) -> None:
         import ast
         self._source = source
+        if not source.strip():
+            raise ValueError("-e needs an expression over x")
         tree = ast.parse(source.strip(), "<expression>", "eval")
         self._code = compile(tree, "<expression>", "eval")
         self._names: dict[str, types.ModuleType] = {}
-        bound = {"x", *dir(builtins)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.arg):
-                bound.add(node.arg)
-            elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-                bound.add(node.id)
+        wanted = _global_names(source.strip()) - {"x", *dir(builtins)}
         for node in ast.walk(tree):
             parts: list[str] = []
             while isinstance(node, ast.Attribute):
                 parts.insert(0, node.attr)
                 node = node.value
-            if isinstance(node, ast.Name) and node.id not in bound:
+            if isinstance(node, ast.Name) and node.id in wanted:
                 self._names[node.id] = _import_along(node.id, parts)
 
     def __call__(self, x: Any) -> Any:
@@ -11546,6 +11584,18 @@ class _Expression:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Expression, (self._source,)
+
+
+def _global_names(source: str) -> set[str]:
+    """Return the names that an expression uses and does not bind itself."""
+    import symtable
+    top = symtable.symtable(source, "<expression>", "eval")
+    found, tables = set(), [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        found |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return found - {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned()}
 
 
 def _import_along(name: str, parts: list[str]) -> types.ModuleType:
@@ -11573,7 +11623,8 @@ def _find_callable(name: str) -> Callable[..., Any]:
     """Return what `module:name` names, or raise ValueError."""
     module, _, path = name.partition(":")
     if not module or not path:
-        raise ValueError(f"{name!r} is not of the form module:name")
+        raise ValueError(f"{name!r} is not of the form module:name; what is built in is best called by -e, as in "
+                         f"-e 'len(x)'")
     import importlib
     try:
         found = importlib.import_module(module)
@@ -11609,7 +11660,15 @@ class _ForLines:
 
 def _as_json(value: Any) -> str:
     import json
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if _can_be_written(text, "utf-8", "strict") else json.dumps(value)
+
+
+def _can_be_written(text: str, encoding: str, errors: str) -> bool:
+    try:
+        return text.isascii() or bool(text.encode(encoding, errors))
+    except UnicodeEncodeError:
+        return False
 
 
 def _call_limit(text: str) -> list[CallLimit]:
@@ -11624,7 +11683,8 @@ def _call_limit(text: str) -> list[CallLimit]:
 def _numbered_lines(names: list[Any]) -> Iterator[tuple[str | None, int, str]]:
     """Yield (file or None, number, the line without its end) for the files, or standard input."""
     for name in names or [None]:
-        with open(0 if name is None else name, closefd=name is not None, errors="surrogateescape") as file:
+        is_stdin = name in (None, "-")
+        with open(0 if is_stdin else name, closefd=not is_stdin, errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 yield name, number, line.rstrip("\n")
 
@@ -11653,8 +11713,8 @@ class _LineMap:
     Iterated it yields ((file, number), future) of each line, or (None, what reading the input raised).
     """
 
-    def __init__(self, pool: Any, names: list[str], is_unordered: bool) -> None:
-        self.pool, self.names, self.is_unordered = pool, names, is_unordered
+    def __init__(self, pool: Any, chosen: Any) -> None:
+        self.pool, self.chosen = pool, chosen
         self.places = threading.Semaphore(_LINES_AHEAD * pool.max_workers)
         # what is to be yielded; at the end how many that are in all
         self.came: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -11675,11 +11735,13 @@ class _LineMap:
     def _submit_all(self) -> None:
         count = 0
         try:
-            for *where, line in _numbered_lines(self.names):
+            for *where, line in _numbered_lines(self.chosen.names):
+                if self.chosen.json and not line.strip():
+                    continue
                 self.places.acquire()
                 future = self.pool.submit(line)
                 count += 1
-                if self.is_unordered:
+                if self.chosen.unordered:
                     future.add_done_callback(functools.partial(self._put, where))
                 else:
                     self._put(where, future)
@@ -11705,6 +11767,8 @@ def _print_results(lines: _LineMap, chosen: Any) -> int:
             aside(show) if beside else show()
         for where, future in lines:
             error = future if where is None else future.exception()
+            if error is None and not _can_be_written(future.result(), sys.stdout.encoding, "surrogateescape"):
+                error = ValueError(f"the result {future.result()!a} cannot be written as {sys.stdout.encoding}")
             if error is None:
                 write(future.result())
             else:
@@ -11731,32 +11795,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         mapping.error("a CALLABLE or -e EXPRESSION is needed")
     sys.path.insert(0, os.getcwd())         # as `python3 -m` does, so that the user's modules are found
     try:
-        fn = _Expression(chosen.expression) if chosen.expression is not None else _find_callable(chosen.names.pop(0))
-        for name in chosen.names:
-            open(name).close()
-        given = {"mode": chosen.mode or "process", "max_workers": chosen.max_workers, "num_retries": chosen.retries,
-                 "call_timeout": chosen.timeout, "limits": chosen.limit and _call_limit(chosen.limit)}
-        given = {name: _parse(name, value) for name, value in given.items() if value is not None}
-        if given["mode"] is ExecutionMode.Ray:
-            _start_ray()
-        pool = _open(TaskWorker, given, (_ForLines(fn, chosen.json),), {}, sized=True)
-    except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
-        mapping.error(str(error))
-    stream: Any
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")        # names of files are bytes, and need not be text
-    try:
+        pool = _open_pool(chosen, mapping)
+        stream: Any
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="surrogateescape")    # names of files are bytes, and need not be text
         try:
-            return _print_results(_LineMap(pool, chosen.names, chosen.unordered), chosen)
+            return _print_results(_LineMap(pool, chosen), chosen)
         finally:
             pool.stop(0)
     except KeyboardInterrupt:
-        pool.stop(0)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has enough; the interpreter must not try to flush the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        # The interpreter must not try to flush the rest. Whoever read our output through a pipe has enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"concurry: the output cannot be written: {error}", file=sys.stderr)
+        return 1
+
+
+def _open_pool(chosen: Any, mapping: argparse.ArgumentParser) -> Any:
+    """Return the pool that makes the calls; exit with status 2 for what cannot be."""
+    try:
+        fn = _Expression(chosen.expression) if chosen.expression is not None else _find_callable(chosen.names.pop(0))
+        for name in chosen.names:
+            if name != "-":
+                open(name).close()
+        if sys.stdout is None or sys.stdin is None and (not chosen.names or "-" in chosen.names):
+            raise ValueError(f"standard {'output' if sys.stdout is None else 'input'} is closed")
+        given = {"mode": chosen.mode or "process", "max_workers": chosen.max_workers, "num_retries": chosen.retries,
+                 "call_timeout": chosen.timeout, "limits": chosen.limit and _call_limit(chosen.limit)}
+        given = {name: _parse(name, value) for name, value in given.items() if value is not None}
+        if chosen.timeout and given["mode"] in (ExecutionMode.Sync, ExecutionMode.Ray):
+            raise ValueError(f"--timeout has no effect in mode {given['mode'].value}")
+        if given["mode"] is ExecutionMode.Ray:
+            _start_ray()
+        return _open(TaskWorker, given, (_ForLines(fn, chosen.json),), {}, sized=True)
+    except (ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
+        mapping.error(str(error))
 
 
 def _start_ray() -> None:

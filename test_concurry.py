@@ -5451,7 +5451,7 @@ class CallTimeoutTests:
         self.assertEqual(worker.get_pool_stats()["total_workers"], 1)
         # A loop and its object live on; a worker that was replaced begins anew.
         self.assertEqual(worker.add().result(SAFETY), 2 if self.mode == "asyncio" else 1)
-        self.assertTrue(any("given up" in record.getMessage() or "died" in record.getMessage() for record in self.logs))
+        self.assertTrue(any("given up" in record.getMessage() or "was killed" in record.getMessage() for record in self.logs))
         self.assert_overran(worker.hold(self.started, self.go))
         with worker:
             last = worker.add()
@@ -11878,7 +11878,7 @@ class CommandLineTests(ProgramCase):
         self.assertIn("AttributeError", self.map("-e", "os.no_such(x)", text="5", status=1)[1])
 
     def test_json(self):
-        text = '{"n": 1}\n\n{"n": 0}\n{"n": "é"}\n'
+        text = '{"n": 1}\n?\n{"n": 0}\n\n{"n": "é"}\n'       # an empty line is no value
         output, errors = self.map("--json", "-e", "{**x, 'm': 6 / x['n'] if x['n'] in (0, 1) else x['n']}", "--keep-going",
                                   text=text, status=1)
         self.assertEqual(output.splitlines(), [
@@ -11940,7 +11940,7 @@ class CommandLineTests(ProgramCase):
         lines = ((None, n, str(n)) for n in read)
         pool = self.start(TaskWorker, init={"fn": str}, mode="thread")
         with unittest.mock.patch.object(concurry, "_numbered_lines", lambda names: lines):
-            came = concurry._LineMap(pool, [], False)
+            came = concurry._LineMap(pool, types.SimpleNamespace(names=[], unordered=False, json=False))
             seen = [future.result(SAFETY) for _, (_, future) in zip(range(100), came)]
             self.assertEqual(seen, [f"{n}" for n in range(100)])
             self.assertLessEqual(next(read), 100 + concurry._LINES_AHEAD + 2)
