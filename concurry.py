@@ -3177,7 +3177,7 @@ class _Ticket:
     due = math.inf              # when the first in line may be granted, if this one has to look to it
     usage: Any = None           # amounts really used, by key, as far as they have been told
     counted: Any = None         # the `usage` that has been taken into account
-    owner: Any = None           # the thread that is within its `with` block
+    owner: Any = None           # the thread that is within its `with` block, and the frame that is
     home: Any = None            # where it is away, ...
     number: Any = None          # ... and what it is known by on its way there
     answer: Any = None          # what came back beside the verdict: a reason, or statistics
@@ -3628,9 +3628,9 @@ class LimitSet:
             return
         around, frame = set(), sys._getframe(1).f_back      # an ExitStack, say, may be closed by others
         while frame is not None:
-            around.add(id(frame))
+            around.add((id(frame), frame.f_code))
             frame = frame.f_back
-        mine = [held.wants for held in owned if held.owner[1] in around]
+        mine = [held.wants for held in owned if held.owner[1:] in around]
         for key, n in ticket.wants.items():
             limit, own = self._limits[key], sum(wants.get(key, 0) for wants in mine)
             if isinstance(limit, ResourceLimit) and own + n > limit.capacity:
@@ -3740,7 +3740,8 @@ class _Acquisition:
             self.__class__ = _Acquisition       # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> Self:
-        self._ticket.owner = threading.get_ident(), id(sys._getframe(1))
+        frame = sys._getframe(1)
+        self._ticket.owner = threading.get_ident(), id(frame), frame.f_code
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -10892,9 +10893,9 @@ def _options(cls: type, **given: Any) -> _Builder:
         it fails with CallTimeoutError: a process is killed and replaced, a coroutine in asyncio mode is cancelled, a
         thread cannot be killed: it is left to itself, and another worker, made anew, takes its place. A chunk of `map`
         has so much time for each of its items. Default None: no limit. Without effect in sync and ray mode.
-    max_tasks_per_worker: calls after which a worker makes place for a new one, between two calls: its object is dropped,
-        and another one built from the same arguments, in a thread or process of its own (in asyncio mode on a loop of
-        its own). A chunk of `map` is one call. Default None: never. Without effect in sync mode.
+    max_tasks_per_worker: calls after which a worker makes place for a new one, between two calls: its object is
+        dropped, and another one built from the same arguments, in a thread or process of its own (in asyncio mode on a
+        loop of its own). A chunk of `map` is one call. Default None: never. Without effect in sync mode.
     max_worker_memory: bytes; a process whose resident memory is more after a call makes place likewise. Default None.
     initializer, initargs, initkwargs: a function, a tuple and a dict of its arguments: it is called first in every
         worker, those that take the place of others too, and `init` raises what it raises. Default: none.

@@ -5381,6 +5381,23 @@ class OwnWaitTests(CleanTestCase):
         waiting.result(SAFETY).release()
         self.assertEqual(limits.get_stats()["slots"]["in_use"], 0)
 
+    def test_what_others_give_back_is_waited_for(self):
+        """A block that somebody else may close: that of an ExitStack."""
+        limits, stack = LimitSet([ResourceLimit("slots", 1)]), contextlib.ExitStack()
+        stack.enter_context(limits.acquire())
+        closing = in_thread(lambda: until(lambda: limits.get_stats()["slots"]["waiting"] == 1) or stack.close())
+        with limits.acquire():
+            closing.result(SAFETY)
+
+    def test_a_call_that_may_end_without_a_worker(self):
+        pool, dependency = self.start(TaskWorker, mode="thread"), BaseFuture()
+
+        def wait_for_a_failure():
+            call = pool.submit(abs, dependency)
+            in_thread(lambda: dependency.set_exception(KeyError()))
+            return type(call.exception())
+        self.assertIs(pool.submit(wait_for_a_failure).result(SAFETY), KeyError)
+
 
 class SelfWaiting(Worker):
     async def coroutine(self):
@@ -5442,6 +5459,18 @@ class CallTimeoutTests:
         for kind in (TimeoutError, concurrent.futures.TimeoutError, asyncio.TimeoutError):
             self.assertIsInstance(error, kind)
 
+    def test_what_has_failed_is_not_made_again(self):
+        worker = self.make(FailsWhenTold, call_timeout=0.1, num_retries=5, retry_wait=0)
+        call = worker.run(self.started, self.go)
+        error = call.exception(SAFETY)
+        self.assertIsInstance(error, concurry.CallTimeoutError)
+        self.assertEqual(self.started.count(), 1)
+        self.go.set()
+        worker.stop()
+        if self.mode == "thread":
+            self.see_threads_end([threading.main_thread()])
+        self.assertEqual(self.started.count(), 0)
+
     def test_the_call_fails_and_the_others_go_on(self):
         worker = self.make(Counter, call_timeout={"hold": 0.1}, max_queued_tasks=None)
         calls = [worker.add(), worker.hold(self.started, self.go), *(worker.echo(n) for n in range(5))]
@@ -5482,6 +5511,13 @@ class CallTimeoutTests:
 over_modes(globals(), [CallTimeoutTests], ["thread", "process", "asyncio"])
 
 
+class FailsWhenTold(Worker):
+    def run(self, started, go):
+        started.set()
+        go.wait()
+        raise KeyError("told")
+
+
 class CallTimeoutPoolTests(CallTimeoutTests):
     def test_in_a_pool(self):
         pool = self.make(Counter, call_timeout={"hold": 0.1}, max_workers=3, max_queued_tasks=None)
@@ -5518,6 +5554,53 @@ class CallTimeoutPoolTests(CallTimeoutTests):
 
 over_modes(globals(), [CallTimeoutPoolTests], ["thread", "process"])
 del ThreadCallTimeoutTests, ProcessCallTimeoutTests          # noqa: F821, made above: they are among these
+
+
+class CallTimeoutProcessTests(CleanTestCase):
+    def test_a_call_that_is_run_again_has_its_time_again(self):
+        started, go = self.flag(), self.flag()
+        worker = self.start(DiesOnce, started.path + ".died", mode="process", crash_retries=1, call_timeout={"run": 0.3})
+        self.addCleanup(os.unlink, started.path + ".died")
+        with self.assertLogs("concurry", "WARNING"):
+            call = worker.run(started, go)
+            self.assertIsInstance(call.exception(SAFETY), CallTimeoutError)
+        go.set()
+
+    def test_one_that_ends_just_then_costs_no_other(self):
+        """Its alarm rings, and its answer is there: the process goes on."""
+        worker = self.start(Counter, mode="process", call_timeout=3600, max_queued_tasks=None)
+        gather([worker.add() for _ in range(50)], timeout=SAFETY)       # quick: calls are sent ahead
+        pool = worker._pool
+        backend, = pool.backends
+        for _ in range(20):
+            calls = [worker.add() for _ in range(8)]
+            first = next(iter(pool.calls), None)
+            if first is not None:
+                backend.reader.post(pool.keeper._ring, first, 3600.0)
+            for call in calls:
+                error = call.exception(SAFETY)
+                if error is not None:           # that one, which was still running
+                    self.assertIsInstance(error, CallTimeoutError)
+                    self.assertIs(call, first.future)
+
+    def test_the_class_is_made_once(self):
+        made = [in_thread(concurry._made_once(lambda: type("Made", (), {}))) for _ in range(2)]
+        self.assertEqual(len({concurry._call_timeout_class(), concurry.CallTimeoutError}), 1)
+        self.assertEqual(len(made), 2)
+        once = concurry._made_once(lambda: object())
+        self.assertEqual(len({in_thread(once).result(SAFETY) for _ in range(5)}), 1)
+
+
+class DiesOnce(Worker):
+    def __init__(self, marker):
+        self.marker = marker
+
+    def run(self, started, go):
+        if not os.path.exists(self.marker):
+            open(self.marker, "w").close()
+            os._exit(3)
+        started.set()
+        go.wait()
 
 
 class TimeKeeperTests(CleanTestCase):
@@ -11933,6 +12016,29 @@ class CommandLineTests(ProgramCase):
             os.write(flag.keeper, b"x")
             self.assertEqual(program.line(), "1")
             self.assertEqual((program.output(), program.popen.returncode), (("", ""), 0))
+
+    def test_what_goes_wrong_around(self):
+        """Whatever it is, there is an exit status and a line, and no traceback."""
+        for words, text, status, message in (
+                (("-e", "chr(0xd800)"), "1\n", 1, r"line 1: ValueError: the result '\\ud800' cannot be written as utf-8"),
+                (("-e", ""), "1\n", 2, "-e needs an expression over x"),
+                (("--timeout", "3", "--mode", "sync", "-e", "x"), "1\n", 2, "--timeout has no effect in mode sync"),
+                (("len",), "1\n", 2, "'len' is not of the form module:name; what is built in is best called by -e")):
+            output, errors = self.map(*words, text=text, status=status)
+            self.assertRegex(errors, message)
+            self.assertNotIn("Traceback", errors)
+        self.assertEqual(self.map("--json", "-e", "chr(0xd800)", text="1\n"), ('"\\ud800"\n', ""))
+        self.assertIn("not JSON compliant", self.map("--json", "-e", "float('nan')", text="1\n", status=1)[1])
+        self.assertEqual(self.map("-e", "x + x", "-", text="1\n"), ("11\n", ""))
+        self.assertEqual(self.map("-e", "(lambda json: json)(x) + json.dumps(1)", text="a\n"), ("a1\n", ""))
+        for redirection, status, message in ((">/dev/full", 1, "the output cannot be written"),
+                                             (">&-", 2, "standard output is closed"),
+                                             ("<&-", 2, "standard input is closed")):
+            command = f"echo 1 | {sys.executable} {SOURCE} map --mode thread -e x {redirection}"
+            ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=SAFETY)
+            self.assertEqual(ended.returncode, status, ended.stderr)
+            self.assertRegex(ended.stderr, message)
+            self.assertNotIn("Traceback", ended.stderr)
 
     def test_memory_is_flat(self):
         """Of an endless input only as many lines are read as there is room for."""
