@@ -294,6 +294,12 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _optional(name: str) -> Any:
+    """Import a module that need not be there, and of which type checkers know nothing."""
+    import importlib
+    return importlib.import_module(name)
+
+
 def _nearest(name: object, names: Iterable[object]) -> str:
     """Return ", did you mean 'x'?" where a known name is near, else nothing."""
     import difflib
@@ -1367,12 +1373,12 @@ class _Notebook(_Screen):
         self.displays: dict[Any, Any] = {}      # by the bar's key
 
     def show(self, key: Any, shown: _State) -> None:
-        from IPython.display import HTML, display  # pyright: ignore[reportPrivateImportUsage, reportMissingImports]
-        html = HTML(self.html(shown))
+        page = _optional("IPython.display")
+        html = page.HTML(self.html(shown))
         if key not in self.displays:
-            self.displays[key] = display(html, display_id=True)
+            self.displays[key] = page.display(html, display_id=True)
         else:
-            self.displays[key].update(html if shown.leave or shown.state == "running" else HTML(""))
+            self.displays[key].update(html if shown.leave or shown.state == "running" else page.HTML(""))
         if shown.state != "running":
             del self.displays[key]
 
@@ -5734,7 +5740,7 @@ class _Validated:
 
     @functools.cached_property
     def _validator(self) -> Any:
-        from pydantic import validate_call
+        validate_call = _optional("pydantic").validate_call
         if self.hints:
             self.function.__annotations__ = self.hints
         return validate_call(**self.options)(self.function)
@@ -7919,7 +7925,7 @@ def _ending(exitcode: int | None) -> str:
 
 
 def _call_parts(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    names = {f"argument {n}": arg for n, arg in enumerate(args, 1)}
+    names = {f"argument {n}": arg for n, arg in enumerate(args, 1) if type(arg) not in (_Shared, _SharedByRay)}
     names.update((f"argument {name!r}", arg) for name, arg in kwargs.items())
     return names, f" of {method}()"
 
@@ -8070,7 +8076,7 @@ _STATUS = struct.Struct("<BI")      # kind of answer, microseconds; a small resu
 def _ray() -> Any:
     """Return the package; raise ImportError if it is not there, RuntimeError if it is not started."""
     try:
-        import ray  # pyright: ignore[reportMissingImports]
+        ray = _optional("ray")
     except ImportError as error:
         raise ImportError("mode 'ray' needs the package ray: pip install ray") from error
     if not ray.is_initialized():
@@ -8308,7 +8314,7 @@ def _actor_class(name: str, is_concurrent: bool) -> Any:
 
         beside = do
 
-    import ray  # pyright: ignore[reportMissingImports]
+    ray = _optional("ray")
     cls: Any = Async if is_concurrent else Plain
     cls.__name__ = cls.__qualname__ = name      # as ps and the dashboard show it
     cls.__module__ = "a worker of concurry"     # else it would be looked for in this module
@@ -8329,7 +8335,7 @@ class _Actor:
 
     def __init__(self, recipe: Any, lineage: _Lineage, index: int) -> None:
         global _lineage, _worker_index
-        import ray  # pyright: ignore[reportMissingImports]
+        ray = _optional("ray")
         here = ray.get_runtime_context()
         _lineage, _worker_index = (*lineage, (here.get_actor_id(), here.get_worker_id())), index
         _let_term_end()
@@ -8899,8 +8905,7 @@ def _watch_ray() -> None:
     with _reader_lock:
         if not _lineage and (_ray_watch is None or not _ray_watch.is_alive()):
             try:
-                import ray._private.worker  # pyright: ignore[reportMissingImports]
-                is_over = ray._private.worker.global_worker.threads_stopped
+                is_over = _optional("ray._private.worker").global_worker.threads_stopped
             except (ImportError, AttributeError):       # another Ray: `ray.shutdown()` has to wait for `stop()`
                 return
             _ray_watch = threading.Thread(target=_hear_of_ray, args=(is_over,), name="concurry ray watch", daemon=True)
@@ -9381,8 +9386,8 @@ def _keeper_of(limits: LimitSet) -> Any:
 
 def _start_keeper() -> Any:
     ray = _ray()
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    strategies = _optional("ray.util.scheduling_strategies")
+    here = strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return _actor_class("limits", True).options(num_cpus=0, scheduling_strategy=here).remote(*_own_module(), "_Keeper")
 
 
@@ -9557,7 +9562,7 @@ def _signal_handlers() -> Collection[Any]:
     if threading.current_thread() is not threading.main_thread():
         return ()
     # `signal` makes an enum of each answer: 80 microseconds instead of 3
-    import _signal  # pyright: ignore[reportMissingImports]
+    import _signal  # type: ignore
     handlers = filter(callable, map(_signal.getsignal, range(1, _signal.NSIG)))
     return {_code_of(handler) for handler in handlers} - {None}
 
@@ -10717,11 +10722,12 @@ if TYPE_CHECKING:
         @_overload
         def map(self, fn: Callable[..., Coroutine[Any, Any, T]], *iterables: Iterable[Any],
                 timeout: float | None = None, chunksize: int = 1, buffersize: int | None = None,
-                progress: Any = False) -> Iterator[T]: ...
+                progress: Any = False) -> Generator[T, None, None]: ...
 
         @_overload
         def map(self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None,
-                chunksize: int = 1, buffersize: int | None = None, progress: Any = False) -> Iterator[T]: ...
+                chunksize: int = 1, buffersize: int | None = None,
+                progress: Any = False) -> Generator[T, None, None]: ...
 
         def map(self, *args: Any, **options: Any) -> Any: ...
 
@@ -10753,7 +10759,7 @@ if TYPE_CHECKING:
         def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> BaseFuture[T]: ...
 
         def map(self, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
-                buffersize: int | None = None, progress: Any = False) -> Iterator[T]: ...
+                buffersize: int | None = None, progress: Any = False) -> Generator[T, None, None]: ...
 
     class _BlockingBoundHandle(_BlockingHandle, _Generic[P, T]):
         __name__: str
@@ -10763,7 +10769,7 @@ if TYPE_CHECKING:
         def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T: ...
 
         def map(self, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
-                buffersize: int | None = None, progress: Any = False) -> Iterator[T]: ...
+                buffersize: int | None = None, progress: Any = False) -> Generator[T, None, None]: ...
 
 
 # === Workers ===
@@ -10950,6 +10956,9 @@ class Worker:
     A worker runs its calls one at a time, in the order in which they become ready; in asyncio and ray mode
     coroutine methods interleave, and plain methods run one at a time on a thread beside the loop:
     state that both use needs a lock.
+
+    `options`, `init` and `limits` are concurry's. A public method of yours wins over one of the handle's that has its
+    name (`join`, `map`, `stats`, ...), but for `stop`.
     """
 
     if TYPE_CHECKING:
@@ -11675,10 +11684,7 @@ def _can_be_written(text: str, encoding: str, errors: str) -> bool:
 def _call_limit(text: str) -> list[CallLimit]:
     """Return the limits that `100/minute` stands for, or raise ValueError."""
     number, _, window = text.partition("/")
-    try:
-        return [CallLimit(float(number), float(window) if window[:1].isdigit() else window)]
-    except ValueError as error:
-        raise ValueError(f"--limit {text}: {error}; write it as 100/minute, or 100/2.5 for seconds") from None
+    return [CallLimit(float(number), float(window) if window[:1].isdigit() else window)]
 
 
 def _numbered_lines(names: list[Any]) -> Iterator[tuple[str | None, int, str]]:
@@ -11740,7 +11746,7 @@ class _LineMap:
                 if self.chosen.json and not line.strip():
                     continue
                 self.places.acquire()
-                future = self.pool.submit(line)
+                future = self._submit(line)
                 count += 1
                 if self.chosen.unordered:
                     future.add_done_callback(functools.partial(self._put, where))
@@ -11750,6 +11756,14 @@ class _LineMap:
             count += 1
             self._put(None, error)
         self.came.put(count)
+
+    def _submit(self, line: str) -> BaseFuture[Any]:
+        try:
+            return self.pool.submit(line)       # type: ignore[no-any-return]
+        except (KeyboardInterrupt, SystemExit) as error:        # in sync mode the caller gets what the call raised, too
+            future: BaseFuture[Any] = BaseFuture()
+            future.set_exception(error)
+            return future
 
     def _put(self, where: list[Any] | None, future: Any) -> None:
         self.came.put((where, future))
@@ -11815,6 +11829,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+# How what is given by flags is read, and which options it is.
+_FLAGS = {
+    "--mode": (lambda value: ExecutionMode(value or "process"), ExecutionMode._choices()),
+    "--max-workers": _whole(1),
+    "--retries": _whole(0),
+    "--timeout": (_span, "a number of seconds above 0"),
+    "--limit": (lambda value: value and _call_limit(value), "write it as 100/minute, or 100/2.5 for seconds"),
+}
+_FLAG_OPTIONS = {"--mode": "mode", "--max-workers": "max_workers", "--retries": "num_retries",
+                 "--timeout": "call_timeout", "--limit": "limits"}
+
+
 def _open_pool(chosen: Any, mapping: argparse.ArgumentParser) -> Any:
     """Return the pool that makes the calls; exit with status 2 for what cannot be."""
     try:
@@ -11824,9 +11850,9 @@ def _open_pool(chosen: Any, mapping: argparse.ArgumentParser) -> Any:
                 open(name).close()
         if sys.stdout is None or sys.stdin is None and (not chosen.names or "-" in chosen.names):
             raise ValueError(f"standard {'output' if sys.stdout is None else 'input'} is closed")
-        given = {"mode": chosen.mode or "process", "max_workers": chosen.max_workers, "num_retries": chosen.retries,
-                 "call_timeout": chosen.timeout, "limits": chosen.limit and _call_limit(chosen.limit)}
-        given = {name: _parse(name, value) for name, value in given.items() if value is not None}
+        given = {name: _parse(flag, getattr(chosen, flag.strip("-").replace("-", "_")), _FLAGS)
+                 for flag, name in _FLAG_OPTIONS.items()}
+        given = {name: value for name, value in given.items() if value is not None}
         if chosen.timeout and given["mode"] in (ExecutionMode.Sync, ExecutionMode.Ray):
             raise ValueError(f"--timeout has no effect in mode {given['mode'].value}")
         if given["mode"] is ExecutionMode.Ray:
@@ -11839,7 +11865,7 @@ def _open_pool(chosen: Any, mapping: argparse.ArgumentParser) -> Any:
 def _start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, or make one of this machine: nobody else can have done it."""
     try:
-        import ray  # pyright: ignore[reportMissingImports]
+        ray = _optional("ray")
     except ImportError:
         return                          # the pool will say so
     if not ray.is_initialized():

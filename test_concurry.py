@@ -4979,6 +4979,14 @@ class ProgressOfProcessesTests(BarTestCase):
         self.assertRegex(result.stderr, r"^here: 100% 3/3 .* success\n$")
 
 
+class MapPickleTests(CleanTestCase):
+    def test_an_item_that_does_not_travel(self):
+        """It is named, and not what concurry makes of the function."""
+        with self.start(TaskWorker, mode="process") as pool:
+            with self.assertRaisesRegex(pickle.PicklingError, r"^argument 2 of submit\(\): cannot pickle '_thread.lock'"):
+                list(pool.map(str, [threading.Lock()]))
+
+
 class MapRunningTests:
     """`map` where items can be held up."""
 
@@ -11921,7 +11929,7 @@ class CommandLineTests(ProgramCase):
         for words, text in (([], "CALLABLE or -e"), (["nothing"], "module:name"), (["no_such_module:f"], "no_such_module"),
                             (["math:no_such"], "no_such"), (["math:pi"], "not callable"), (["-e", "1 +"], "<expression>"),
                             (["math:sqrt", "no such file"], "no such file"), (["math:sqrt", "--mode", "fast"], "choose one of"),
-                            (["math:sqrt", "--max-workers", "none"], "max_workers"), (["math:sqrt", "--no-such"], "no-such"),
+                            (["math:sqrt", "--max-workers", "none"], "--max-workers="), (["math:sqrt", "--no-such"], "no-such"),
                             (["math:sqrt", "--mode=sync", "--max-workers=2"], "exactly one worker")):
             with self.subTest(words=words):
                 self.assertIn(text, self.misused(*words))
@@ -11929,7 +11937,7 @@ class CommandLineTests(ProgramCase):
         self.assertEqual(ended.returncode, 2)
         for limit in ("100", "0/minute", "5/fortnight", "x/second", "5/0"):
             self.assertIn("write it as 100/minute", self.misused("math:sqrt", "--limit", limit))
-        self.assertIn("num_retries='some'", self.misused("math:sqrt", "--retries", "some"))
+        self.assertIn("--retries='some'", self.misused("math:sqrt", "--retries", "some"))
         self.assertIn("'no_such_name' is neither", self.misused("-e", "no_such_name(x)"))
 
     def test_help(self):
@@ -12023,6 +12031,8 @@ class CommandLineTests(ProgramCase):
                 (("-e", "chr(0xd800)"), "1\n", 1, r"line 1: ValueError: the result '\\ud800' cannot be written as utf-8"),
                 (("-e", ""), "1\n", 2, "-e needs an expression over x"),
                 (("--timeout", "3", "--mode", "sync", "-e", "x"), "1\n", 2, "--timeout has no effect in mode sync"),
+                (("--retries", "-1", "-e", "x"), "1\n", 2, "--retries='-1' is not possible: a whole number from 0"),
+                (("--mode", "sync", "-e", "sys.exit(3)", "--keep-going"), "1\n2\n", 1, "(?s)line 1: SystemExit: 3.*line 2"),
                 (("len",), "1\n", 2, "'len' is not of the form module:name; what is built in is best called by -e")):
             output, errors = self.map(*words, text=text, status=status)
             self.assertRegex(errors, message)

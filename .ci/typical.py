@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from concurry import (
@@ -101,8 +101,8 @@ def executors() -> None:
         assert_type(future.result(timeout=5), int)
         assert_type(pool.submit(length, "abc").result(), int)
         assert_type(pool.submit(square, future), BaseFuture[int])       # the future becomes its result
-        assert_type(pool.map(square, range(3)), Iterator[int])
-        assert_type(pool.map(length, ["a", "b"], chunksize=2, progress=False), Iterator[int])
+        assert_type(pool.map(square, range(3)), Generator[int, None, None])
+        assert_type(pool.map(length, ["a", "b"], chunksize=2, progress=False), Generator[int, None, None])
         assert_type(pool.max_workers, int)
         assert_type(pool.mode, ExecutionMode)
         futures = [pool.submit(square, n) for n in range(4)]
@@ -119,7 +119,7 @@ def executors() -> None:
     with Executor(ExecutionMode.Sync, blocking=True) as direct:
         assert_type(direct.submit(square, 3), int)
         assert_type(direct.submit(length, "abc"), int)
-        assert_type(direct.map(square, [1, 2]), Iterator[int])
+        assert_type(direct.map(square, [1, 2]), Generator[int, None, None])
 
 
 def workers() -> None:
@@ -142,7 +142,7 @@ def workers() -> None:
 def tasks() -> None:
     assert_type(scaled(3, factor=1.5), BaseFuture[float])
     assert_type(scaled.submit(3).result(), float)
-    assert_type(scaled.map([1, 2]), Iterator[float])
+    assert_type(scaled.map([1, 2]), Generator[float, None, None])
     assert_type(fetched("a", tries=2), BaseFuture[bytes])
     assert_type(joined("a", "b"), str)
     assert_type(counted("abc"), int)
@@ -151,7 +151,7 @@ def tasks() -> None:
     with TaskWorker.options(mode="thread").init(fn=square) as bound:
         assert_type(bound(3), BaseFuture[int])
         assert_type(bound.submit(3).result(), int)
-        assert_type(bound.map([1, 2]), Iterator[int])
+        assert_type(bound.map([1, 2]), Generator[int, None, None])
     with TaskWorker.options(mode="thread", blocking=True).init(fn=length) as direct:
         assert_type(direct("abc"), int)
         assert_type(direct.submit("abc"), int)
