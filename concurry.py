@@ -4086,6 +4086,7 @@ class _Call:
     """A method and its arguments on the way to a worker, and the future of what comes of it."""
 
     message: Any = None         # where it goes to a process: the parts of its message ...
+    fn: Any = None              # ... the user's function, for whoever wants to know, ...
     shared: _Shared | None = None       # ... the function that has to be there first, ...
     dependencies: Sequence[Any] = ()    # ... to Ray: ObjectRefs of what it brings itself, ...
     link: _Link | None = None   # ... where it was sent, ...
@@ -4130,8 +4131,18 @@ class _Call:
             except RuntimeError:        # the other one who found it was quicker
                 pass
 
+    def shown(self) -> str:
+        """Return in words what is called: a method, or the user's function."""
+        if not issubclass(self.pool.recipe.cls, TaskWorker) or self.method not in ("submit", "_chunk", "__call__"):
+            return f"{self.method}()"
+        fn = self.fn or (self.args[0] if self.args and self.method != "__call__" else None) or self.pool.bound
+        name = getattr(fn, "__name__", type(fn).__name__)
+        if self.count > 1:
+            return f"{name}() for a chunk of {self.count} items"
+        return f"submit({name})" if self.method == "submit" else f"{name}()"
+
     def __str__(self) -> str:
-        return f"of {self.pool.name}.{self.method}"
+        return f"of {self.pool.name}.{self.shown().removesuffix('()')}"
 
 
 def _is_async(fn: Any) -> bool:
@@ -4592,9 +4603,8 @@ class _Backend:
         """End a call that has run for too long, `call.overran` seconds; on the reader's thread."""
 
     def overrun_error(self, call: _Call, what: str) -> Any:
-        ran = f"{call.method}()" if call.count == 1 else f"a chunk of {call.count} items"
-        return _call_timeout_class()(f"{self.name} ran {ran} for more than {call.overran:g} seconds, its call_timeout: "
-                                     f"{what}", call.method, self.name, call.overran)
+        return _call_timeout_class()(f"{self.name} ran {call.shown()} for more than {call.overran:g} seconds, its "
+                                     f"call_timeout: {what}", call.method, self.name, call.overran)
 
     def is_stuck_here(self, call: _Call) -> bool:
         """Tell whether a call of this worker cannot begin, or go on, while this thread waits for it."""
@@ -6955,6 +6965,7 @@ class _Shared:
 
     def __init__(self, fn: Any) -> None:
         self.number = next(self.numbers)
+        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self.kept: dict[bytes, LimitSet] = {}
         self.portable = _frozen(_dumps_keeping(self.kept, fn, lambda: ({"the function": fn},)))
         self.holders: weakref.WeakSet[_Link] = weakref.WeakSet()    # the links that have sent it
@@ -7756,7 +7767,7 @@ class _ProcessBackend(_Backend):
     def death_in(call: _Call) -> WorkerDiedError:
         """Return the error of a call whose process has died, perhaps not for the first time."""
         *before, (name, pid, exitcode) = call.deaths
-        text = f"{name} (pid {pid}) died {_ending(exitcode)}, while it ran {call.method}()"
+        text = f"{name} (pid {pid}) died {_ending(exitcode)}, while it ran {call.shown()}"
         if before:
             text += "; before, in the same call, died " + ", ".join(
                 f"{name} (pid {pid}) {_ending(exitcode)}" for name, pid, exitcode in before)
@@ -8248,6 +8259,7 @@ class _SharedByRay:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.number = next(self.numbers)
+        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
         self.kept: dict[bytes, LimitSet] = {}
         portable, refs = _with_refs(_dumps_keeping, self.kept, fn, lambda: ({"the function": fn},))
         packed = _packed(_frozen(portable), refs)
@@ -8688,7 +8700,7 @@ class _RayBackend(_Backend):
     def death_in(call: _Call, why: str = "") -> WorkerDiedError:
         """Return the error of a call whose actor has died, perhaps not for the first time."""
         name, pid, _ = call.deaths[-1]
-        text = f"the actor of {name} (pid {pid}) died before the end of {call.method}(), which it may have begun{why}"
+        text = f"the actor of {name} (pid {pid}) died before the end of {call.shown()}, which it may have begun{why}"
         if len(call.deaths) > 1:
             text += "; so did before those with pid " + ", ".join(str(pid) for _, pid, _ in call.deaths[:-1])
         return WorkerDiedError(text, name, call.method, pid, deaths=call.deaths)
@@ -9738,6 +9750,8 @@ class _Pool:
         args, kwargs = call.args, call.kwargs
         if args is None or kwargs is None:      # stop() was quicker: it is settled
             return False
+        if args and call.method in ("submit", "_chunk"):
+            call.fn = args[0]
         try:
             self.kind.prepare(call, args, kwargs)
         except BaseException as error:
@@ -9909,7 +9923,7 @@ class _Pool:
     def leave(self, call: _Call, kind: str) -> None:
         """Give back the place of a call that is settled, or about to be; from any thread, at any time."""
         self.calls.pop(call, None)
-        call.args = call.kwargs = call.context = None       # which holds the call
+        call.args = call.kwargs = call.context = call.fn = None     # the context holds the call
         if self.prepares:
             call.message = None
             call.dependencies = ()      # what lies in Ray's store for it
@@ -10243,7 +10257,7 @@ class _Pool:
         for backend in list(self.backends):
             calls = [call for call in list(backend.calls) if call.future.running()]
             now = time.monotonic()
-            doing = ", ".join(f"{call.method}() for {now - call.began:.1f} s" if call.began else f"{call.method}()"
+            doing = ", ".join(f"{call.shown()} for {now - call.began:.1f} s" if call.began else call.shown()
                               for call in calls)
             print(f"{backend.where()}: {doing or 'idle'}", file=file)
             for text in backend.stacks() if calls else ():
