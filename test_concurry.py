@@ -6841,6 +6841,7 @@ default, term = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM
 mode, seconds, timeout = sys.argv[1], float(sys.argv[2]), eval(sys.argv[3])
 pools = [Executor(mode, max_workers=1, max_queued_tasks=None), Executor("thread", max_workers=1)]
 calls = [pools[0].submit(sleep_for, seconds), pools[0].submit(abs, -2), pools[1].submit(abs, -3)]
+calls[2].result()
 threading.Thread(target=ready).start()
 try:
     serve(*pools, timeout=timeout)
@@ -12047,26 +12048,34 @@ class CommandLineTests(ProgramCase):
             self.assertEqual(program.line(), "1")
             self.assertEqual((program.output(), program.popen.returncode), (("", ""), 0))
 
-    def test_what_goes_wrong_around(self):
-        """Whatever it is, there is an exit status and a line, and no traceback."""
-        for words, text, status, message in (
-                (("-e", "chr(0xd800)"), "1\n", 1, r"line 1: ValueError: the result '\\ud800' cannot be written as utf-8"),
-                (("-e", ""), "1\n", 2, "-e needs an expression over x"),
-                (("--timeout", "3", "--mode", "sync", "-e", "x"), "1\n", 2, "--timeout has no effect in mode sync"),
-                (("--retries", "-1", "-e", "x"), "1\n", 2, "--retries='-1' is not possible: a whole number from 0"),
-                (("--mode", "sync", "-e", "sys.exit(3)", "--keep-going"), "1\n2\n", 1, "(?s)line 1: SystemExit: 3.*line 2"),
-                (("len",), "1\n", 2, "'len' is not of the form module:name; what is built in is best called by -e")):
-            output, errors = self.map(*words, text=text, status=status)
-            self.assertRegex(errors, message)
-            self.assertNotIn("Traceback", errors)
-        self.assertEqual(self.map("--json", "-e", "chr(0xd800)", text="1\n"), ('"\\ud800"\n', ""))
-        self.assertIn("not JSON compliant", self.map("--json", "-e", "float('nan')", text="1\n", status=1)[1])
-        self.assertEqual(self.map("-e", "x + x", "-", text="1\n"), ("11\n", ""))
-        self.assertEqual(self.map("-e", "(lambda json: json)(x) + json.dumps(1)", text="a\n"), ("a1\n", ""))
+    def test_what_cannot_be_done(self):
+        """There is an exit status and a line, and no traceback."""
+        for words, text in ((("-e", ""), "-e needs an expression over x"),
+                            (("--timeout", "3", "--mode", "sync", "-e", "x"), "--timeout has no effect in mode sync"),
+                            (("--retries", "-1", "-e", "x"), "--retries='-1' is not possible: a whole number from 0"),
+                            (("len",), "'len' is not of the form module:name; what is built in is best called by -e")):
+            self.assertIn(text, self.misused(*words))
+
+    def test_results_that_cannot_be_written(self):
+        errors = self.map("--mode", "thread", "-e", "chr(0xd800)", text="1\n", status=1)[1]
+        self.assertRegex(errors, r"^concurry: line 1: ValueError: the result '\\ud800' cannot be written as utf-8\n$")
+        self.assertEqual(self.map("--mode", "thread", "--json", "-e", "chr(int(x, 16))", text='"0xd800"\n\n'),
+                         ('"\\ud800"\n', ""))
+        self.assertRaisesRegex(ValueError, "not JSON compliant", concurry._as_json, math.nan)
+
+    def test_lines_that_exit(self):
+        errors = self.map("--mode", "sync", "-e", "sys.exit(3)", "--keep-going", text="1\n2\n", status=1)[1]
+        self.assertEqual(errors, "concurry: line 1: SystemExit: 3\nconcurry: line 2: SystemExit: 3\n")
+
+    def test_standard_input_by_its_name(self):
+        self.assertEqual(self.map("--mode", "thread", "-e", "(lambda json: json)(x) + json.dumps(1)", "-", text="a\n"),
+                         ("a1\n", ""))
+
+    def test_streams_that_are_closed_or_full(self):
         for redirection, status, message in ((">/dev/full", 1, "the output cannot be written"),
                                              (">&-", 2, "standard output is closed"),
                                              ("<&-", 2, "standard input is closed")):
-            command = f"echo 1 | {sys.executable} {SOURCE} map --mode thread -e x {redirection}"
+            command = f"echo 1 | {sys.executable} {SOURCE} map --mode sync -e x {redirection}"
             ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=SAFETY)
             self.assertEqual(ended.returncode, status, ended.stderr)
             self.assertRegex(ended.stderr, message)
