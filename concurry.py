@@ -10027,6 +10027,7 @@ class _Pool:
         self.have(functools.partial(self._replace, backend))
 
     def _replace(self, backend: _ThreadBackend, refused: list[tuple[_Call, BaseException]]) -> None:
+        self.leaving.pop(backend, None)         # on demand it may be there: nobody shall wait for its end
         if backend not in self.backends:
             return
         calls = [call for call in backend.give_up() if call in self.calls]

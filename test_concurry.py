@@ -5565,6 +5565,7 @@ class CallTimeoutPoolTests(CallTimeoutTests):
             self.assert_overran(held)
             if cls is Counter:
                 self.assertEqual(pool.add().result(SAFETY), 1)
+            pool.shutdown()             # which does not wait for what was given up
 
     def test_a_coroutine(self):
         if self.mode == "thread":           # whose thread would wait for ever
