@@ -6368,12 +6368,13 @@ class _Process:
         import signal
         self.kill(signal.SIGSTOP)
         deadline = time.monotonic() + 1         # one that does not stop is asleep in the kernel: it does nothing
+        # Looked at again and again: of a process that is no child of ours nothing tells it. It takes microseconds.
         try:
             while time.monotonic() < deadline:
                 with open(f"/proc/{self.pid}/stat", "rb", 0) as file:
                     if file.read().rpartition(b") ")[2][:1] in b"TZX":
                         break
-                time.sleep(0)
+                time.sleep(0.0001)
         except OSError:
             pass
 
@@ -7491,7 +7492,8 @@ class _ProcessBackend(_Backend):
         self.pace = 1e6                         # microseconds a call takes, about
         self.is_finishing = False
         self.killed: str | None = None          # why, in words
-        self.exitcode: int | None = None        # of the last process that has ended
+        self.pid: int | None = None             # of the process that was started last ...
+        self.exitcode: int | None = None        # ... and of the one that has ended last
         self.reader = _reader_for(self)
         self.reader.post(self._launch)
 
@@ -7696,6 +7698,7 @@ class _ProcessBackend(_Backend):
         finally:
             _here.recipe = None
         connection.setblocking(False)
+        self.pid = process.pid
         link = _Link(connection, far, _Lane(lane, self.reader), process)
         link.send(setup)
         self.reader.watch(connection, selectors.EVENT_READ, functools.partial(self._hear, link))
@@ -9961,10 +9964,10 @@ class _Pool:
 
     def _dismiss(self, backend: _Backend, refused: list[tuple[_Call, BaseException]]) -> None:
         if not backend.calls and backend in self.backends:
-            self._remove(backend)
             self.leaving[backend] = None
             _attend(backend.ended, "_wakers", lambda ended: self.leaving.pop(backend, None))
-            backend.finish()
+            backend.finish()            # before it is forgotten: this may be done twice, and must not be left out
+            self._remove(backend)
             if not (self.on_demand or any(other.is_spent for other in self.backends)):
                 self.rests, self.choose = False, self.balancer.choose
 
@@ -10213,6 +10216,7 @@ class _Pool:
     def abandon(self) -> None:
         """Be of no use in a forked child: its workers are the parent's. Nobody waits here, no lock is sure."""
         self.is_stopped = True
+        self.over.__dict__.setdefault("_gate", (_RESULT, None))
         self.closed = f"{self.name} belongs to the parent of this process: os.fork does not copy its workers"
         for call in list(self.calls):
             outcome = _ERROR, RuntimeError(self.closed)
@@ -11360,7 +11364,7 @@ class _Subprocess(_Generic[T]):
 
     def __init__(self, backend: Any, future: BaseFuture[T]) -> None:
         self._backend, self._future = backend, future
-        self.name, self.pid = backend.name, backend.link.process.pid
+        self.name, self.pid = backend.name, backend.pid
 
     @property
     def exitcode(self) -> Any:
@@ -11428,11 +11432,13 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     options = _Options({**_INITIAL, "mode": ExecutionMode.Processes, "mp_context": _StartMethod.Spawn, "name": name})
     pool = _Pool(_Recipe(TaskWorker, (), {}, None, options), options)
     pool.start()
-    future = pool.submit("submit", (_as_process, fn, args), kwargs)
     backend: Any = pool.backends[0]
+    try:
+        future = pool.submit("submit", (_as_process, fn, args), kwargs)
+    finally:
+        backend.is_finishing = True     # no other process takes its place
+        pool.finish()
     process = _Subprocess(backend, future)
-    backend.is_finishing = True         # no other process takes its place
-    pool.finish()
     error: Any = future.exception() if future.done() else None
     if isinstance(error, _pickle().PicklingError):
         names, of = _call_parts(name, args, kwargs)         # as the user counts them
