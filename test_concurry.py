@@ -6807,6 +6807,24 @@ class JoinTests:
 over_modes(globals(), [JoinTests], ["thread", "process"])
 
 
+class JoinInAChildTests(ProgramCase):
+    def test_nobody_waits_for_the_parents_workers(self):
+        code = """
+        import signal, warnings
+        from concurry import Executor
+        warnings.simplefilter("ignore")
+        pool = Executor("thread", 1)
+        pool.submit(int).result()
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(3 if pool.join() else 4)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        pool.stop()
+        """
+        self.check_program(code, "3\n", way="file")
+
+
 class JoinFromWithinTests(CleanTestCase):
     def test_a_call_cannot_join_its_worker(self):
         pools = []
