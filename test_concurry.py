@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import py_compile
 import queue
 import random
 import re
@@ -65,16 +66,36 @@ def setUpModule():
     before = tempfile.tempdir
     folder = tempfile.TemporaryDirectory(prefix="concurry-tests-")
     of_ray = tempfile.mkdtemp(prefix="ray-", dir="/tmp")        # a short path: there are sockets in it
+    # Workers import this file. What it imports waits for them in the fork server, else each took ten times as long to start.
+    boot = unittest.mock.patch.object(concurry, "_BOOT_FILE", concurry._BOOT_FILE.replace("module._begin", (
+        "if function == '_serve_forks':\n"
+        "    import asyncio, dataclasses, fractions, json, logging.handlers, typing, unittest.mock, zipfile\n"
+        "module._begin")))
+    boot.start()
     tempfile.tempdir = os.environ["TMPDIR"] = folder.name
     os.environ["RAY_TMPDIR"] = of_ray
 
+    if sys.dont_write_bytecode:         # then each process that imports them would compile these
+        for path in (concurry.__file__, __file__):
+            keep_compiled(path)
+
     def put_back():
+        boot.stop()
         settings.stop()
         tempfile.tempdir = before
         folder.cleanup()
         shutil.rmtree(of_ray, ignore_errors=True)
     unittest.addModuleCleanup(put_back)
     unittest.addModuleCleanup(Cluster.end)
+
+
+def keep_compiled(path):
+    """Have a file compiled while the tests run."""
+    compiled = importlib.util.cache_from_source(path)
+    if not os.path.exists(compiled):
+        with contextlib.suppress(OSError):      # the folder cannot be written to
+            py_compile.compile(path)
+            unittest.addModuleCleanup(os.unlink, compiled)
 
 
 # === Scaffolding ===
@@ -2305,7 +2326,7 @@ class RateTests(CleanTestCase):
 for _algorithm in RateLimitAlgorithm:
     for _kind, _capacities in (("whole", [1, 2, 3, 10, 1000, 10 ** 12]), ("fractional", [0.5, 2.5, 1e-6, 3.7, 1e9 + 0.1])):
         setattr(RateTests, f"test_{_algorithm.value}_against_a_model_{_kind}",
-                lambda self, algorithm=_algorithm, capacities=_capacities: self.check_schedules(algorithm, capacities, 3000))
+                lambda self, algorithm=_algorithm, capacities=_capacities: self.check_schedules(algorithm, capacities, 1000))
 
 
 # === Limits ===
@@ -4132,6 +4153,10 @@ class StopRunningTests:
         self.held = self.worker.hold(self.started, self.go)
         self.started.wait()
 
+    def no_grace(self):
+        """Wait no longer for an event loop that a call holds up: it will not end."""
+        return unittest.mock.patch.object(concurry, "_GRACE", 0.0 if self.mode == "asyncio" else concurry._GRACE)
+
     def test_stop_waits_for_what_runs_and_cancels_the_rest(self):
         waiting = [self.worker.add() for _ in range(3)]
         with self.log_of() as log:
@@ -4153,7 +4178,7 @@ class StopRunningTests:
 
     def test_a_timeout(self):
         waiting = self.worker.add()
-        with warnings.catch_warnings(record=True) as caught, self.log_of():
+        with warnings.catch_warnings(record=True) as caught, self.log_of(), self.no_grace():
             warnings.simplefilter("always")
             self.worker.stop(timeout=0.01)
         with self.assertRaisesRegex(WorkerDiedError, "stopped after 0.01 s"):
@@ -4164,7 +4189,7 @@ class StopRunningTests:
         self.go.set()
 
     def test_an_interrupt_in_the_body_stops_at_once(self):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self.no_grace():
             warnings.simplefilter("ignore")
             with self.assertRaises(KeyboardInterrupt), self.worker:
                 raise KeyboardInterrupt
@@ -5313,7 +5338,8 @@ class InsideTests(CleanTestCase):
         started.wait()
         pid = worker._pool.backends[0].link.process.pid
         os.kill(pid, signal.SIGSTOP)
-        self.assertRegex(self.dumped(worker), r"hold\(\)\n  it does not answer: it is stopped")
+        with unittest.mock.patch.object(concurry, "_DUMP_TIMEOUT", 0.1):
+            self.assertRegex(self.dumped(worker), r"hold\(\)\n  it does not answer: it is stopped")
         os.kill(pid, signal.SIGCONT)
         go.set()
         self.assertEqual(held.result(SAFETY), "held")
@@ -9965,6 +9991,7 @@ def exit_with_pending_calls(case):
 def interrupted(case):
     """The whole group or the parent alone; workers have other things to do than to print tracebacks."""
     code = '''
+        if mode == "asyncio": concurry._GRACE = 0.1         # for a loop that will not end
         try:
             with handle:
                 calls = [handle.run("import time; print('begun', flush=True); time.sleep(60)") for _ in range(size)]
@@ -10242,13 +10269,14 @@ no_semaphores_and_no_shared_memory = a_program('''
     sys.modules["_multiprocessing"] = sys.modules["_posixshmem"] = None
     import concurry
     limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1), concurry.CallLimit(100, 60)])
+    def has_shared_memory():            # a semaphore is in the same folder
+        with open("/proc/self/maps") as file: return "/dev/shm/" in file.read()
     def use(n, limits):
-        with limits.acquire(): return n
-    before = os.listdir("/dev/shm")
+        with limits.acquire(): return n, has_shared_memory()
     options = {} if mode in ("sync", "asyncio") else {"max_workers": size}
     with concurry.TaskWorker.options(mode=mode, mp_context=method, limits=limits, **options).init(fn=use) as pool:
-        assert list(pool.map(range(20))) == list(range(20))
-        assert {name for name in os.listdir("/dev/shm") if name not in before and "sem" in name} == set()
+        assert list(pool.map(range(20))) == [(n, False) for n in range(20)]
+        assert not has_shared_memory()
     assert limits.get_stats()["call_count"]["in_use"] == 20
     print("passed")
 ''')
@@ -11903,10 +11931,18 @@ class TaskFunctionTests(ProgramCase):
 
 # === Command line ===
 
+AS_MODULE = (sys.executable, "-m", "concurry")      # compiled once; a script is compiled each time
+
+
 class CommandLineTests(ProgramCase):
     """16.1"""
 
-    def map(self, *words, text="", status=0, folder=None, command=(SOURCE,)):
+    def setUp(self):
+        settings = unittest.mock.patch.dict(os.environ, PYTHONPATH=FOLDER)
+        settings.start()
+        self.addCleanup(settings.stop)
+
+    def map(self, *words, text="", status=0, folder=None, command=("-m", "concurry")):
         ended = subprocess.run([sys.executable, *command, "map", *words], input=text.encode(), capture_output=True,
                                cwd=folder, timeout=SAFETY)
         self.assertEqual(ended.returncode, status, ended.stderr.decode())
@@ -12039,7 +12075,7 @@ class CommandLineTests(ProgramCase):
         self.assertIn("OSError", self.map(*one, text="a\n", folder=folder, status=1)[1])
         # Of a window that does not end here there are two calls.
         for mode in ("process",):
-            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", "x", "--mode", mode, "--limit", "2/day", "--max-workers=1"],
+            program = Program(self, "", command=[*AS_MODULE, "map", "-e", "x", "--mode", mode, "--limit", "2/day", "--max-workers=1"],
                               start_new_session=True)
             for text in "abc":
                 program.say(text)
@@ -12057,7 +12093,7 @@ class CommandLineTests(ProgramCase):
         flag = self.flag()
         for mode in ("process", "thread"):
             code = f"x == '2' or (os.read(os.open({flag.path!r}, os.O_RDONLY), 1), x)[1]"
-            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", code, "--mode", mode, "--unordered"])
+            program = Program(self, "", command=[*AS_MODULE, "map", "-e", code, "--mode", mode, "--unordered"])
             program.say("1")
             program.say("2")
             self.assertEqual(program.line(), "True")
@@ -12092,7 +12128,7 @@ class CommandLineTests(ProgramCase):
         for redirection, status, message in ((">/dev/full", 1, "the output cannot be written"),
                                              (">&-", 2, "standard output is closed"),
                                              ("<&-", 2, "standard input is closed")):
-            command = f"echo 1 | {sys.executable} {SOURCE} map --mode sync -e x {redirection}"
+            command = f"echo 1 | {sys.executable} -m concurry map --mode sync -e x {redirection}"
             ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=SAFETY)
             self.assertEqual(ended.returncode, status, ended.stderr)
             self.assertRegex(ended.stderr, message)
@@ -12125,7 +12161,7 @@ class CommandLineTests(ProgramCase):
         terminal = Stream(80)
         self.addCleanup(terminal.close)
         for words, is_shown in ((), True), (("--no-progress",), False):
-            ended = subprocess.run([sys.executable, SOURCE, "map", "-e", "x * 2", *words, "a.py"], stdout=slave, stderr=slave,
+            ended = subprocess.run([*AS_MODULE, "map", "-e", "x * 2", *words, "a.py"], stdout=slave, stderr=slave,
                                    cwd=folder, timeout=SAFETY, env={**os.environ, "TERM": "xterm"})
             self.assertEqual(ended.returncode, 0)
             terminal.text = os.read(master, 1 << 16).decode()
@@ -12137,7 +12173,7 @@ class CommandLineTests(ProgramCase):
     def test_results_come_as_they_are(self):
         """With standard input still open; then Ctrl-C, which is quiet and leaves nothing behind."""
         for mode in ("process", "thread"):
-            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", "int(x) * 2", "--mode", mode],
+            program = Program(self, "", command=[*AS_MODULE, "map", "-e", "int(x) * 2", "--mode", mode],
                               start_new_session=True)
             for n in range(3):
                 program.say(str(n))
@@ -12151,7 +12187,7 @@ class CommandLineTests(ProgramCase):
         began = self.flag()
         for mode in ("process", "thread"):
             code = f"open({began.path!r}, 'w').write('x') and __import__('time').sleep(60)"
-            program = Program(self, "", command=[sys.executable, SOURCE, "map", "-e", code, "--mode", mode], start_new_session=True)
+            program = Program(self, "", command=[*AS_MODULE, "map", "-e", code, "--mode", mode], start_new_session=True)
             program.say("1")
             os.read(began.keeper, 1) if select.select([began.keeper], [], [], SAFETY)[0] else self.fail("it never began")
             wait_until_asleep(program.popen.pid)    # a signal just before would not wake it: so it is in CPython
@@ -12169,7 +12205,7 @@ class CommandLineTests(ProgramCase):
         self.addCleanup(os.close, reads)
         os.close(writes)
         for mode in ("process", "thread"):
-            popen = subprocess.Popen([sys.executable, SOURCE, "map", "-e", "x * 1000", "--mode", mode],
+            popen = subprocess.Popen([*AS_MODULE, "map", "-e", "x * 1000", "--mode", mode],
                                      stdin=reads, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             self.assertEqual(popen.stdout.readline(), b"1" * 1000 + b"\n")
             popen.stdout.close()
