@@ -4610,6 +4610,10 @@ class _Backend:
         """Tell whether a call of this worker cannot begin, or go on, while this thread waits for it."""
         return False
 
+    def beginning_of(self, call: _Call) -> float | None:
+        """Return when a call began that runs, None where that is not known."""
+        return call.began
+
     def where(self) -> str:
         """Return in words which worker this is."""
         return self.name
@@ -7345,6 +7349,7 @@ class _Link:
         self.inbox = _Inbox(connection, range(_BUILT, _NOT_LOADED + 1))
         self.outbox: collections.deque[Any] = collections.deque()   # parts of messages that the socket has not taken
         self.sent: Any = collections.deque()    # (call, where its message ends), in order, without an answer
+        self.since = 0.0                    # when the first of them began, as far as can be seen from here
         self.end = 0                        # where the last message ends, in bytes from the beginning
         self.taken: tuple[int, list[int]] = 0, []   # by the socket: bytes, and those of the latest send
         self.known: set[int] = set()        # numbers of the shared functions it has
@@ -7360,8 +7365,14 @@ class _Link:
         """Queue the parts of messages, of a call or about the worker."""
         self.end += sum(map(len, parts))
         if call is not None:
+            if not self.sent:
+                self.since = _now()
             self.sent.append((call, self.end))
         self.outbox.extend(parts)
+
+    def first(self) -> _Call | None:
+        """Return the call that the worker carries out, or is about to; from any thread."""
+        return next((call for call, _ in list(self.sent)[:1]), None)
 
     def flush(self) -> bool:
         """Send what the socket takes; tell whether that was all."""
@@ -7553,11 +7564,20 @@ class _ProcessBackend(_Backend):
     def _watch_first(self, link: _Link) -> None:
         """Have the time looked at of the call that the worker carries out."""
         if self.pool.keeper is not None:
-            for call, _ in list(link.sent)[:1]:
+            call = link.first()
+            if call is not None:
                 self.pool.keeper.watch(call)
 
+    def beginning_of(self, call: _Call) -> float | None:
+        link = self.link
+        return link.since if link is not None and link.first() is call else None
+
     def interruption(self, call: _Call, kill: bool) -> Callable[[], Any] | None:
-        return functools.partial(self.reader.post, self._end_call, call) if kill else None
+        if not kill:
+            return None
+        if call.began is None:          # whoever cancels does not wait until the process has ended
+            call.began = self.beginning_of(call)
+        return functools.partial(self.reader.post, self._end_call, call)
 
     def overrun(self, call: _Call) -> None:
         self._end_call(call)
@@ -7574,7 +7594,7 @@ class _ProcessBackend(_Backend):
             return
         link.process.halt()
         self._hear(link, selectors.EVENT_READ)
-        if link.sent and link.sent[0][0] is call:
+        if link.first() is call:
             link.why = "was killed, for a call ran too long or was cancelled"
             link.process.kill()
         else:
@@ -7656,7 +7676,8 @@ class _ProcessBackend(_Backend):
         if link.sent and link.sent[0][0].is_unwanted:
             self.reader.todo.append((self._end_call, (link.sent[0][0],)))
         link.has_begun = True
-        call.began = _now() - took / 1e6
+        link.since = now = _now()
+        call.began = now - took / 1e6
         self._watch_first(link)
         self.failures = 0
         self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
@@ -7737,6 +7758,7 @@ class _ProcessBackend(_Backend):
         for call in begun:
             call.deaths += (self.name, pid, exitcode),
             if call not in again:
+                call.began = link.since
                 self._fail(call, self._error_of(call, pid))
         while self.killed and self.queue:
             call = self.queue.popleft()
@@ -10261,15 +10283,17 @@ class _Pool:
         """Print where each worker is."""
         for backend in list(self.backends):
             calls = [call for call in list(backend.calls) if call.future.running()]
-            now = time.monotonic()
-            doing = ", ".join(f"{call.shown()} for {now - call.began:.1f} s" if call.began else call.shown()
-                              for call in calls)
+            doing = ", ".join(call.shown() + _how_long(backend.beginning_of(call)) for call in calls)
             print(f"{backend.where()}: {doing or 'idle'}", file=file)
             for text in backend.stacks() if calls else ():
                 print(text.rstrip("\n"), file=file)
         waiting = sum(call.backend is None for call in list(self.calls))
         if waiting:
             print(f"{self.name}: {waiting} calls wait for a worker, or for futures among their arguments", file=file)
+
+
+def _how_long(began: float | None) -> str:
+    return "" if began is None else f" for {_now() - began:.1f} s"
 
 
 def _warn(message: str, category: type[Warning] = UserWarning) -> None:
@@ -10440,16 +10464,17 @@ class _Handle:
             threads that were given up. retired: workers whose place another one took after `max_tasks_per_worker`
             calls, or because of `max_worker_memory`.
         time_running, time_waiting: seconds, in all, of the calls that have ended: from their beginning to their end,
-            and from their submission (the end of the last future among their arguments) to their beginning.
+            and from their submission (the end of the last future among their arguments) to their beginning; in ray
+            mode without those that ended with their actor.
         """
         return self._pool.tallies()
 
     def dump(self, file: TextIO | None = None) -> None:
-        """Print where each worker is now, to a text file (None: standard error): the answer to "where does it hang?".
+        """Print what each worker does, for how long, and where it is, to a text file (None: standard error).
 
-        Of worker threads and event loops it is the stack of what runs; of worker processes that of all their
-        threads, by faulthandler, also while C code holds the interpreter (on Linux). Ray's actors are asked by
-        `ray stack`.
+        The answer to "where does it hang?": of worker threads and event loops it shows the stack of what runs; of
+        worker processes that of all their threads, by faulthandler, also while C code holds the interpreter (on
+        Linux). In ray mode it does not know for how long, and actors are asked for their stacks by `ray stack`.
         """
         file = sys.stderr if file is None else file
         if file is not None:            # there may be no standard error

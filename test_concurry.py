@@ -5275,6 +5275,24 @@ class InsideTests(CleanTestCase):
             stats = worker.stats()
         self.assertEqual((stats["time_waiting"], stats["time_running"]), (1.0, 1.0))
 
+    def test_times_of_what_is_killed(self):
+        for end in (lambda call: os.kill(worker._pool.backends[0].link.process.pid, signal.SIGKILL),
+                    lambda call: call.cancel(kill=True), lambda call: worker.stop(0)):
+            started, go = self.flag(), self.flag()
+            worker = self.start(Counter, mode="process")
+            call = worker.hold(started, go)
+            started.wait()
+            self.assertEqual(worker.stats()["time_running"], 0)
+            with self.assertLogs("concurry"):
+                end(call)
+                wait([call], timeout=SAFETY)
+                until(lambda: worker.get_pool_stats()["restarts"] == 1 or worker._pool.is_stopped)
+                concurry.logger.warning("of stop there is none")
+            stats = worker.stats()
+            self.assertEqual((stats["running"], stats["failed"] + stats["cancelled"], stats["deaths"]), (0, 1, 1))
+            self.assertGreater(stats["time_running"], 0)
+            self.assertGreaterEqual(stats["time_waiting"], 0)
+
     def test_deaths(self):
         worker = self.start(Counter, mode="process")
         with self.assertLogs("concurry", "WARNING"):
@@ -5320,7 +5338,7 @@ class InsideTests(CleanTestCase):
             started.wait()
             for _ in range(2):
                 text = self.dumped(pool)
-                self.assertRegex(text, r"^Counter-0 \(pid \d+\): hold\(\)\n  (Current t|T)hread .*\n")
+                self.assertRegex(text, r"^Counter-0 \(pid \d+\): hold\(\) for \d+\.\d s\n  (Current t|T)hread .*\n")
                 self.assertRegex(text, r'\n  File ".*test_concurry.py", line \d+ in hold\n')
                 self.assertRegex(text, r"\nCounter-1 \(pid \d+\): idle\n$")
                 self.assertNotIn("concurry.py\"", text.replace("test_concurry.py", ""))
@@ -5339,7 +5357,7 @@ class InsideTests(CleanTestCase):
         pid = worker._pool.backends[0].link.process.pid
         os.kill(pid, signal.SIGSTOP)
         with unittest.mock.patch.object(concurry, "_DUMP_TIMEOUT", 0.1):
-            self.assertRegex(self.dumped(worker), r"hold\(\)\n  it does not answer: it is stopped")
+            self.assertRegex(self.dumped(worker), r"hold\(\) for .* s\n  it does not answer: it is stopped")
         os.kill(pid, signal.SIGCONT)
         go.set()
         self.assertEqual(held.result(SAFETY), "held")
