@@ -11620,7 +11620,7 @@ class _Expression:
 
     def __init__(self, source: str) -> None:
         import ast
-        self._source = source
+        self._source, self.__name__ = source, "expression"
         if not source.strip():
             raise ValueError("-e needs an expression over x")
         tree = ast.parse(source.strip(), "<expression>", "eval")
@@ -11698,6 +11698,7 @@ class _ForLines:
 
     def __init__(self, fn: Callable[[Any], Any], is_json: bool) -> None:
         self.fn, self.is_json = fn, is_json
+        self.__name__ = getattr(fn, "__name__", type(fn).__name__)      # in errors
 
     def __call__(self, line: str, limits: LimitSet) -> Any:
         if self.is_json:
@@ -11898,7 +11899,7 @@ def _open_pool(chosen: Any, mapping: argparse.ArgumentParser) -> Any:
             raise ValueError(f"standard {'output' if sys.stdout is None else 'input'} is closed")
         given = {name: _parse(flag, getattr(chosen, flag.strip("-").replace("-", "_")), _FLAGS)
                  for flag, name in _FLAG_OPTIONS.items()}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {"name": "map", **{name: value for name, value in given.items() if value is not None}}
         if chosen.timeout and given["mode"] in (ExecutionMode.Sync, ExecutionMode.Ray):
             raise ValueError(f"--timeout has no effect in mode {given['mode'].value}")
         if given["mode"] is ExecutionMode.Ray:

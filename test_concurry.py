@@ -12106,7 +12106,7 @@ class CommandLineTests(ProgramCase):
     def test_timeout(self):
         output, errors = self.map("-e", "time.sleep(60) if x == 'b' else x", "--timeout", "1", "--keep-going", text="a\nb\nc\n", status=1)
         self.assertEqual(output, "a\nc\n")
-        self.assertRegex(errors, r"^concurry: line 2: CallTimeoutError: .* for more than 1 seconds, .* was killed.*\n$")
+        self.assertRegex(errors, r"^concurry: line 2: CallTimeoutError: map-\d ran expression\(\) for more than 1 seconds, .*killed.*\n$")
 
     def test_unordered(self):
         """Each as soon as it is there: the first line waits for the second to be printed."""
