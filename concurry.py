@@ -4784,10 +4784,11 @@ class _ThreadBackend(_Backend):
         return functools.partial(self.pool.replace, self) if kill else None
 
     def give_up(self) -> list[_Call]:
-        """Return the calls that have not begun; the thread ends when it can."""
+        """Return the calls that have not begun; the thread ends when it can, and nobody waits for that."""
         calls = _taken_from(self.inbox)
         self.halt.set()                 # the call that runs has failed: it is not made again
         self.finish()
+        _settle(self.ended, _RESULT, None)
         return calls
 
     def is_here(self) -> bool:
@@ -5151,6 +5152,7 @@ class _AsyncioBackend(_Backend):
             while self.companion is me:
                 call = self.plain.get()
                 if call is None:
+                    self.plain.put(None)        # for one that takes our place in this moment
                     self._stop_loop()
                     break
                 self._serve(call)
@@ -10052,19 +10054,20 @@ class _Pool:
         self.have(functools.partial(self._replace, backend))
 
     def _replace(self, backend: _ThreadBackend, refused: list[tuple[_Call, BaseException]]) -> None:
-        self.leaving.pop(backend, None)         # on demand it may be there: nobody shall wait for its end
-        if backend not in self.backends:
+        was_its_last = backend in self.leaving      # the call that has just failed: the worker was about to go
+        if not (was_its_last or backend in self.backends):
             return
         calls = [call for call in backend.give_up() if call in self.calls]
-        logger.warning("%s is given up with the call that it runs: its thread is left to itself, its state is lost, "
-                       "a new worker takes its place", backend.name)
-        backend.tally.deaths += 1
+        has_heir = not (self.on_demand or backend.is_spent or self.is_stopped or self.is_finishing and not self.calls)
+        logger.warning("%s is given up with the call that it runs: its thread is left to itself%s", backend.name,
+                       ", its state is lost, a new worker takes its place" if has_heir else "")
+        (self.tally if was_its_last else backend.tally).deaths += 1
         self._remove(backend)
         for call in calls:
             backend.calls.pop(call, None)
             call.backend = None
         self.backlog.extendleft(reversed(calls))
-        if self.on_demand or backend.is_spent or self.is_stopped or self.is_finishing and not self.calls:
+        if not has_heir:
             return
         self.restarts += 1
         new = self.kind(self, backend.index)

@@ -5533,12 +5533,13 @@ class CallTimeoutTests:
         for kind in (TimeoutError, concurrent.futures.TimeoutError, asyncio.TimeoutError):
             self.assertIsInstance(error, kind)
 
-    def test_what_has_failed_is_not_made_again(self):
-        worker = self.make(FailsWhenTold, call_timeout=0.1, num_retries=5, retry_wait=0)
+    def test_what_has_failed_is_not_made_again(self, **options):
+        worker = self.make(FailsWhenTold, call_timeout=0.1, num_retries=5, retry_wait=0, **options)
         call = worker.run(self.started, self.go)
         error = call.exception(SAFETY)
         self.assertIsInstance(error, concurry.CallTimeoutError)
         self.assertEqual(self.started.count(), 1)
+        until(lambda: worker.stats()["deaths"] == 1)
         self.go.set()
         worker.stop()
         if self.mode == "thread":
@@ -5564,11 +5565,13 @@ class CallTimeoutTests:
         """A worker that is left to itself holds up neither shutdown nor stop."""
         for end in ("shutdown", "stop"):
             worker = self.make(Counter, call_timeout={"hold": 0.1})
+            backend, = worker._pool.backends
             call = worker.hold(self.started, self.go)
             self.started.wait()
             self.started.count()
             getattr(worker, end)()
             self.assert_overran(call)
+            until(backend.ended.done)           # who began to wait for that before it was given up
 
     def test_no_alarm_is_left(self):
         worker = self.make(Counter, call_timeout=3600, max_queued_tasks=None)
@@ -5609,7 +5612,22 @@ class CallTimeoutPoolTests(CallTimeoutTests):
             self.assert_overran(held)
             if cls is Counter:
                 self.assertEqual(pool.add().result(SAFETY), 1)
+            until(lambda pool=pool: pool.stats()["deaths"] == 1)
             pool.shutdown()             # which does not wait for what was given up
+            self.assertEqual(pool.stats()["failed"], 1)
+
+    def test_on_demand_what_has_failed_is_not_made_again(self):
+        self.test_what_has_failed_is_not_made_again(on_demand=True)
+
+    def test_a_worker_that_a_resize_has_end(self):
+        pool = self.make(Counter, call_timeout={"hold": 0.1}, max_workers=2)
+        calls = [pool.hold(self.started, self.go), pool.hold(self.started, self.go)]
+        self.started.wait()
+        pool.resize(1)
+        for call in calls:
+            self.assert_overran(call)
+        until(lambda: pool.stats()["deaths"] == 2)
+        pool.shutdown()
 
     def test_a_coroutine(self):
         if self.mode == "thread":           # whose thread would wait for ever
@@ -5629,6 +5647,19 @@ class CallTimeoutPoolTests(CallTimeoutTests):
 
 over_modes(globals(), [CallTimeoutPoolTests], ["thread", "process"])
 del ThreadCallTimeoutTests, ProcessCallTimeoutTests          # noqa: F821, made above: they are among these
+
+
+class CallTimeoutAsyncioTests(CleanTestCase):
+    def test_a_plain_method_that_ends_just_when_it_is_given_up(self):
+        """Its thread takes the word that this is the end: so does the one in its place."""
+        worker = self.start(Counter, mode="asyncio")
+        worker.shutdown(wait=False)
+        backend, = worker._pool.backends
+        backend.companion.join(SAFETY)
+        with self.assertLogs("concurry", "WARNING"):
+            backend._replace_companion()
+        backend.companion.join(SAFETY)
+        self.assertFalse(backend.companion.is_alive())
 
 
 class CallTimeoutProcessTests(CleanTestCase):
