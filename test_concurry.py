@@ -5520,9 +5520,9 @@ class CallTimeoutTests:
         return handler.buffer
 
     def see_threads_end(self, before):
-        for thread in set(threading.enumerate()) - set(before):
-            if thread.name.startswith(("Counter", "TaskWorker")):
-                thread.join(SAFETY)
+        """Those that are just being started, too: they cannot be joined."""
+        until(lambda: not any(thread.name.startswith(("Counter", "TaskWorker"))
+                              for thread in set(threading.enumerate()) - set(before)))
 
     def assert_overran(self, call, name="hold"):
         error = call.exception(SAFETY)
@@ -5626,7 +5626,7 @@ class CallTimeoutPoolTests(CallTimeoutTests):
         pool.resize(1)
         for call in calls:
             self.assert_overran(call)
-        until(lambda: pool.stats()["deaths"] == 2)
+        until(lambda: pool.stats()["deaths"] == 2 and pool.get_pool_stats()["restarts"] == 1)
         pool.shutdown()
 
     def test_a_coroutine(self):
