@@ -1294,9 +1294,9 @@ class _Terminal(_Screen):
         self.bars: dict[Any, _State] = {}
         self.height = 0             # how many lines there are now
         try:
-            _BLOCKS.encode(stream.encoding or "ascii")
+            _BLOCKS.encode(getattr(stream, "encoding", None) or "ascii")
             self.blocks = _BLOCKS
-        except (UnicodeError, LookupError):
+        except (UnicodeError, LookupError, TypeError):
             self.blocks = " #"
 
     def show(self, key: Any, shown: _State) -> None:
@@ -4334,6 +4334,13 @@ class _Runner:
                 asyncio.set_event_loop(self._loop)
         return self._loop
 
+    def tasks(self) -> Collection[asyncio.Task[Any]]:
+        """Return the tasks of its own loop, if that runs; in any thread."""
+        if self._loop is None or not self._loop.is_running():
+            return ()
+        import asyncio
+        return asyncio.all_tasks(self._loop)
+
     def _complete(self, coroutine: Awaitable[Any]) -> tuple[str, Any]:
         """Run a coroutine to its end on this worker's loop, though another may run in this thread."""
         import asyncio
@@ -4464,14 +4471,16 @@ def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
-def _carry_out(runner: _Runner, call: _Call) -> None:
-    """Run the call in this thread and settle its future, unless it was cancelled."""
+def _carry_out(runner: _Runner, call: _Call) -> bool:
+    """Run the call in this thread and settle its future; return False if it was cancelled before."""
     context = call.context              # None if it has been settled
-    if context is not None and call.future._begin():
-        call.began = _now()
-        if call.pool.keeper is not None:
-            call.pool.keeper.watch(call)
-        _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
+    if context is None or not call.future._begin():
+        return False
+    call.began = _now()
+    if call.pool.keeper is not None:
+        call.pool.keeper.watch(call)
+    _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
+    return True
 
 
 class _Tally:
@@ -4798,7 +4807,10 @@ class _ThreadBackend(_Backend):
         return self.is_here()
 
     def stacks(self) -> Iterator[str]:
-        return _stacks([self.thread.ident])
+        yield from _stacks([self.thread.ident])
+        for task in self.runner.tasks() if self.runner is not None else ():
+            lines = list(_shown_stack(_frames_of(task.get_coro())))
+            yield from ["  in a coroutine:", *lines] if lines else ()
 
     def _main(self) -> None:
         _here.is_ours = True
@@ -4817,13 +4829,13 @@ class _ThreadBackend(_Backend):
 
     def _work(self) -> bool:
         """Carry out calls until no more will come; return True before that if the worker is to be retired."""
-        most = self.pool.options.max_tasks_per_worker
-        for _ in itertools.count() if most is None else range(most):
+        left = self.pool.options.max_tasks_per_worker or math.inf
+        while left:
             call = self.inbox.get()
             if call is None:
                 self.runner.close()
                 return False
-            _carry_out(self.runner, call)
+            left -= _carry_out(self.runner, call)
             call = None         # an idle worker must not keep the last call's arguments and result
         self.runner.close()
         return not self.is_over
@@ -4920,6 +4932,8 @@ class _AsyncioBackend(_Backend):
         self.is_woken = False                   # the loop knows that there is something in it
         self.waits: set[Any] = set()            # tasks that wait between attempts of plain methods
         self.plain: queue.SimpleQueue[Any] = queue.SimpleQueue()        # for the companion
+        self.at_work: dict[_Call, None] = {}    # what runs on it; who takes it out decides: it goes on, or is given up
+        self.given_up: set[threading.Thread] = set()
         # Where workers are retired: calls for the next object, those for this one that have not ended, ...
         self.held: collections.deque[_Call] = collections.deque()
         self.inside: dict[_Call, None] = {}
@@ -4990,7 +5004,7 @@ class _AsyncioBackend(_Backend):
         task = call.task
         if task:
             return functools.partial(self._interrupt, task)
-        return self._replace_companion if kill else None
+        return functools.partial(self._replace_companion, call) if kill else None
 
     def _interrupt(self, task: asyncio.Task[Any]) -> None:
         try:
@@ -4999,13 +5013,16 @@ class _AsyncioBackend(_Backend):
             pass
 
     def overrun(self, call: _Call) -> None:
-        interrupt = self.interruption(call, False)
-        what = "it was cancelled" if interrupt else "a thread cannot be killed, it is left to itself"
-        if _settle(call.future, _ERROR, self.overrun_error(call, what)):
-            (interrupt or self._replace_companion)()
+        interrupt = self.interruption(call, True)
+        what = ("it was cancelled" if call.task else "a thread cannot be killed, it is left to itself"
+                if call in self.at_work else "it was waiting for its next attempt")
+        if _settle(call.future, _ERROR, self.overrun_error(call, what)) and interrupt:
+            interrupt()
 
-    def _replace_companion(self) -> None:
-        """Have the plain methods go on on another thread, with the same queue: this one may never return."""
+    def _replace_companion(self, call: _Call) -> None:
+        """Have the plain methods go on on another thread, with the same queue: what runs this call may never return."""
+        if self.at_work.pop(call, self) is self:        # it has just ended, or waits for another attempt
+            return
         logger.warning("%s: a plain method is given up, and its thread left to itself", self.name)
         self.tally.deaths += 1
         try:
@@ -5149,10 +5166,9 @@ class _AsyncioBackend(_Backend):
         me = threading.current_thread()
         _show_name(me.name)
         if self.started.exception() is None:
-            while self.companion is me:
+            while me not in self.given_up:
                 call = self.plain.get()
                 if call is None:
-                    self.plain.put(None)        # for one that takes our place in this moment
                     self._stop_loop()
                     break
                 self._serve(call)
@@ -5228,6 +5244,7 @@ class _AsyncioBackend(_Backend):
 
     def _attempt(self, call: _Call) -> Any:
         _calling.set(call)
+        self.at_work[call] = None
         try:
             return self.runner.attempt(call.method, call.args, call.kwargs)
         except BaseException as error:
@@ -5235,6 +5252,9 @@ class _AsyncioBackend(_Backend):
                 return _ERROR, error
             # Its object is gone: the worker was killed between two attempts.
             return _ERROR, self.stopped(call, "was stopped between two attempts", True)
+        finally:
+            if self.at_work.pop(call, self) is self:
+                self.given_up.add(threading.current_thread())
 
 
 class _OnDemand:
@@ -7770,7 +7790,7 @@ class _ProcessBackend(_Backend):
         if link.retirement is not None:
             self.reader.cancel(link.retirement)
             self.tally.retired += 1
-        elif begun or not self.is_finishing:
+        elif (begun or not self.is_finishing) and not self.killed:
             self.tally.deaths += 1
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
 
@@ -10062,12 +10082,13 @@ class _Pool:
         logger.warning("%s is given up with the call that it runs: its thread is left to itself%s", backend.name,
                        ", its state is lost, a new worker takes its place" if has_heir else "")
         (self.tally if was_its_last else backend.tally).deaths += 1
-        self._remove(backend)
         for call in calls:
             backend.calls.pop(call, None)
             call.backend = None
         self.backlog.extendleft(reversed(calls))
+        self.dispatched -= len(calls)
         if not has_heir:
+            self._remove(backend)
             return
         self.restarts += 1
         new = self.kind(self, backend.index)
@@ -10075,9 +10096,13 @@ class _Pool:
         try:
             new.start()
         except Exception as error:
+            self._remove(backend)
             new.calls = dict.fromkeys(calls)
             self.chores.append(functools.partial(self._lose, new, error))
             return
+        # It has the statistics of the other one, whose calls may still end.
+        new.tally, new.halt.retried, new.total = backend.tally, backend.halt.retried, backend.total - len(calls)
+        self.backends = [other for other in self.backends if other is not backend]
         self._add(new)
 
     def lose(self, backend: _Backend, error: BaseException) -> None:
@@ -10463,9 +10488,10 @@ class _Handle:
 
         done, failed, cancelled: calls that have ended; running, queued: those that have not (a call that
             was sent to a quick process ahead of its turn counts as running).
-        retried: further attempts; None in ray mode. deaths: of processes or actors, unless they were stopped, and
-            threads that were given up. retired: workers whose place another one took after `max_tasks_per_worker`
-            calls, or because of `max_worker_memory`.
+        retried: further attempts (of a process that is killed not those of its last call); None in ray mode.
+        deaths: of processes or actors, unless they were stopped, and threads that were given up.
+        retired: workers whose place another one took after `max_tasks_per_worker` calls, or because of
+            `max_worker_memory`.
         time_running, time_waiting: seconds, in all, of the calls that have ended: from their beginning to their end,
             and from their submission (the end of the last future among their arguments) to their beginning; in ray
             mode without those that ended with their actor.
@@ -10477,7 +10503,8 @@ class _Handle:
 
         The answer to "where does it hang?": of worker threads and event loops it shows the stack of what runs; of
         worker processes that of all their threads, by faulthandler, also while C code holds the interpreter (on
-        Linux). In ray mode it does not know for how long, and actors are asked for their stacks by `ray stack`.
+        Linux), but not their coroutines. In ray mode it does not know for how long, and actors are asked for their
+        stacks by `ray stack`.
         """
         file = sys.stderr if file is None else file
         if file is not None:            # there may be no standard error
@@ -11397,7 +11424,7 @@ class _Subprocess(_Generic[T]):
     @property
     def exitcode(self) -> Any:
         """What the process returned: 0, 1 if the function raised, the code of its SystemExit; minus the number of the
-        signal that ended it; None while it runs, or where it is not known.
+        signal that ended it; None while it runs (after `result()`, too, until `join()`), or where it is not known.
         """
         return self._backend.exitcode
 
@@ -11462,7 +11489,7 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     pool.start()
     backend: Any = pool.backends[0]
     try:
-        future = pool.submit("submit", (_as_process, fn, args), kwargs)
+        future = pool.submit("submit", (_AsProcess(fn), *args), kwargs)
     finally:
         backend.is_finishing = True     # no other process takes its place
         pool.finish()
@@ -11478,11 +11505,17 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
 _exit_code = 0                  # of this process, when it has served its last call
 
 
-def _as_process(fn: Callable[..., Any], args: tuple[Any, ...], /, **kwargs: Any) -> Any:
-    """Call the function; how it ends tells with what code the process ends."""
-    with _Ending():
-        result = fn(*args, **kwargs)
-    return _as_process_async(result) if isinstance(result, types.CoroutineType) else result
+class _AsProcess:
+    """Calls a function; how it ends tells with what code the process ends."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.__name__ = getattr(fn, "__name__", type(fn).__name__)      # in errors
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        with _Ending():
+            result = self.fn(*args, **kwargs)
+        return _as_process_async(result) if isinstance(result, types.CoroutineType) else result
 
 
 async def _as_process_async(coroutine: Any) -> Any:

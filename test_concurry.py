@@ -1252,6 +1252,11 @@ class ProgressTests(BarTestCase):
 
 
 class ProgressTerminalTests(BarTestCase):
+    def test_a_stream_that_knows_no_encoding(self):
+        stream = types.SimpleNamespace(write=len, flush=lambda: None, isatty=lambda: True)
+        with unittest.mock.patch.object(sys, "stderr", stream):
+            self.assertEqual(list(ProgressBar(range(3))), [0, 1, 2])
+
     def test_a_line_is_redrawn(self):
         stream = self.stream(80)
         bar = ProgressBar(total=4, desc="crunch", unit="files")
@@ -5276,8 +5281,8 @@ class InsideTests(CleanTestCase):
         self.assertEqual((stats["time_waiting"], stats["time_running"]), (1.0, 1.0))
 
     def test_times_of_what_is_killed(self):
-        for end in (lambda call: os.kill(worker._pool.backends[0].link.process.pid, signal.SIGKILL),
-                    lambda call: call.cancel(kill=True), lambda call: worker.stop(0)):
+        for deaths, end in ((1, lambda call: os.kill(worker._pool.backends[0].link.process.pid, signal.SIGKILL)),
+                            (1, lambda call: call.cancel(kill=True)), (0, lambda call: worker.stop(0))):
             started, go = self.flag(), self.flag()
             worker = self.start(Counter, mode="process")
             call = worker.hold(started, go)
@@ -5289,7 +5294,7 @@ class InsideTests(CleanTestCase):
                 until(lambda: worker.get_pool_stats()["restarts"] == 1 or worker._pool.is_stopped)
                 concurry.logger.warning("of stop there is none")
             stats = worker.stats()
-            self.assertEqual((stats["running"], stats["failed"] + stats["cancelled"], stats["deaths"]), (0, 1, 1))
+            self.assertEqual((stats["running"], stats["failed"] + stats["cancelled"], stats["deaths"]), (0, 1, deaths))
             self.assertGreater(stats["time_running"], 0)
             self.assertGreaterEqual(stats["time_waiting"], 0)
 
@@ -5374,6 +5379,16 @@ class InsideTests(CleanTestCase):
         go.set()
         calls[0].cancel()
         calls[1].result(SAFETY)
+
+    def test_dump_of_a_coroutine_in_a_thread(self):
+        worker = self.start(Waiting, mode="thread")
+        call = worker.outer()
+        until(lambda: re.search(r"^Waiting-0: outer\(\) for .* s\n  in a coroutine:\n.*in outer\n.*\n.*in inner\n",
+                                self.dumped(worker)))
+        worker._pool.backends[0].runner._loop.call_soon_threadsafe(
+            lambda: [task.cancel() for task in asyncio.all_tasks()])
+        self.assertRaises(asyncio.CancelledError, call.result, SAFETY)
+        self.assertEqual(self.dumped(worker), "Waiting-0: idle\n")
 
     def test_dump_in_sync_mode(self):
         worker = self.start(Counter, mode="sync")
@@ -5603,6 +5618,8 @@ class CallTimeoutPoolTests(CallTimeoutTests):
         gather(calls[1:], timeout=SAFETY)
         until(lambda: sorted(pool.stats()["workers"]) == ["Counter-0", "Counter-1", "Counter-2"])
         self.assertEqual((pool.stats()["deaths"], pool.get_pool_stats()["restarts"]), (1, 1))
+        self.assertEqual(sum(stats["deaths"] for stats in pool.stats()["workers"].values()), 1)
+        self.assertEqual(pool.get_pool_stats()["load_balancer"]["total_dispatched"], 9)
 
     def test_on_demand(self):
         for cls in (Counter, TaskWorker):
@@ -5650,16 +5667,31 @@ del ThreadCallTimeoutTests, ProcessCallTimeoutTests          # noqa: F821, made 
 
 
 class CallTimeoutAsyncioTests(CleanTestCase):
-    def test_a_plain_method_that_ends_just_when_it_is_given_up(self):
-        """Its thread takes the word that this is the end: so does the one in its place."""
-        worker = self.start(Counter, mode="asyncio")
-        worker.shutdown(wait=False)
+    def test_one_that_waits_for_its_next_attempt_costs_no_other(self):
+        started, go = self.flag(), self.flag()
+        worker = self.start(Counter, mode="asyncio", num_retries=1, retry_wait=3600, retry_jitter=0,
+                            call_timeout={"fail": 0.1})
+        failing, killed = worker.fail(KeyError()), worker.add("no number")
+        held = worker.hold(started, go)
+        started.wait()
+        self.assertRegex(str(failing.exception(SAFETY)), "its call_timeout: it was waiting for its next attempt$")
+        self.assertTrue(killed.cancel(kill=True))
         backend, = worker._pool.backends
-        backend.companion.join(SAFETY)
-        with self.assertLogs("concurry", "WARNING"):
-            backend._replace_companion()
-        backend.companion.join(SAFETY)
-        self.assertFalse(backend.companion.is_alive())
+        self.assertEqual((len(backend.at_work), worker.stats()["deaths"]), (1, 0))
+        go.set()
+        self.assertEqual(held.result(SAFETY), "held")
+
+    def test_a_plain_method_that_ends_just_when_it_is_given_up(self):
+        worker = self.start(Counter, mode="asyncio")
+        backend, companion = worker._pool.backends[0], worker._pool.backends[0].companion
+        started, go = self.flag(), self.flag()
+        held = worker.hold(started, go)
+        call, = worker._pool.calls
+        go.set()
+        self.assertEqual(held.result(SAFETY), "held")
+        until(lambda: not backend.at_work)
+        backend._replace_companion(call)
+        self.assertEqual((backend.companion, worker.stats()["deaths"]), (companion, 0))
 
 
 class CallTimeoutProcessTests(CleanTestCase):
@@ -6292,6 +6324,15 @@ class RecyclingOneModeTests(ProgramCase):
             until(lambda: worker.stats()["retired"] == 3)
         self.assertEqual([what for what, _ in told], ["begins", "ends"] * 4)
         self.assertEqual([ident for _, ident in told[::2]], [ident for _, ident in told[1::2]])
+
+    def test_what_was_cancelled_does_not_count(self):
+        started, go = self.flag(), self.flag()
+        with self.start(Counter, mode="thread", max_tasks_per_worker=3) as worker:
+            worker.hold(started, go)
+            started.wait()
+            self.assertTrue(all(call.cancel() for call in [worker.add() for _ in range(10)]))
+            go.set()
+            self.assertEqual((worker.add().result(SAFETY), worker.stats()["retired"]), (1, 0))
 
     def test_none_is_built_at_the_end(self):
         for mode in ("thread", "asyncio", "process"):
@@ -7034,6 +7075,7 @@ class SubprocessTests(ProgramCase):
             getattr(process, end)()
             error = process._future.exception(SAFETY)
             self.assertIsInstance(error, WorkerDiedError)
+            self.assertIn("while it ran submit(hold)", str(error))
             self.assertEqual((error.pid, error.exitcode), (process.pid, code))
             process.join(SAFETY)
             self.assertEqual((process.is_alive(), process.exitcode), (False, code))
