@@ -5246,6 +5246,8 @@ class _AsyncioBackend(_Backend):
         _calling.set(call)
         self.at_work[call] = None
         try:
+            if call.future.done():          # since it began: who did that may not have seen that it is at work
+                return _CANCELLED, None
             return self.runner.attempt(call.method, call.args, call.kwargs)
         except BaseException as error:
             if self.runner.target is not None:

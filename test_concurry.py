@@ -5681,6 +5681,20 @@ class CallTimeoutAsyncioTests(CleanTestCase):
         go.set()
         self.assertEqual(held.result(SAFETY), "held")
 
+    def test_a_plain_method_that_is_cancelled_just_when_it_begins(self):
+        worker = self.start(Counter, mode="asyncio")
+        backend, = worker._pool.backends
+        attempt = backend._attempt
+
+        def cancelled_first(call):
+            self.assertTrue(call.future.cancel(kill=True))
+            return attempt(call)
+        with unittest.mock.patch.object(backend, "_attempt", cancelled_first), \
+                unittest.mock.patch.object(backend.runner, "attempt") as attempted:
+            self.assertRaises(concurrent.futures.CancelledError, worker.add().result, SAFETY)
+            until(lambda: not backend.at_work and backend.plain.empty())
+        self.assertEqual((worker.add().result(SAFETY), worker.stats()["deaths"], attempted.called), (1, 0, False))
+
     def test_a_plain_method_that_ends_just_when_it_is_given_up(self):
         worker = self.start(Counter, mode="asyncio")
         backend, companion = worker._pool.backends[0], worker._pool.backends[0].companion
