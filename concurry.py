@@ -5173,6 +5173,7 @@ class _AsyncioBackend(_Backend):
                     break
                 self._serve(call)
                 call = None
+            self.given_up.discard(me)
 
     def _stop_loop(self) -> None:
         try:
