@@ -34,11 +34,12 @@ import threading
 import time
 import tracemalloc
 from bisect import bisect_left
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from time import perf_counter
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 HERE = pathlib.Path(__file__).resolve().parent
 QUICK = "BENCH_QUICK" in os.environ
@@ -822,11 +823,11 @@ def told_of_unpicklable(make, calls=200):
 class Row(NamedTuple):
     name: str
     against: str                    # "": the figure itself is judged, not its ratio
-    target: Optional[float]         # None: only reported
+    target: float | None            # None: only reported
     measure: Callable
     ours: Callable
-    theirs: Optional[Callable] = None
-    peer: Optional[Callable] = None
+    theirs: Callable | None = None
+    peer: Callable | None = None
 
 
 EXECUTOR, THREADS, APPLY = "ProcessPoolExecutor", "ThreadPoolExecutor", "Pool.apply_async"

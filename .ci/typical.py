@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any, assert_type
 
 from concurry import (
     BaseFuture,
@@ -32,12 +32,6 @@ from concurry import (
     worker,
     wrap_future,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import assert_type
-else:
-    def assert_type(value: Any, kind: Any) -> Any:
-        return value
 
 
 def square(n: int) -> int:
