@@ -941,7 +941,7 @@ class FutureTests(CleanTestCase):
             for _ in range(50):
                 for poll in (lambda: future.result(0.0001), lambda: gather([future], timeout=0),
                              lambda: list(as_completed([future], timeout=0)), lambda: wait([future], timeout=0)):
-                    with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
+                    with contextlib.suppress(TimeoutError):
                         poll()
             sizes.append(len(gc.get_referents(*future.__dict__.values())))
         self.assertEqual(sizes[0], sizes[2])
@@ -1547,7 +1547,7 @@ class TrackedTests(BarTestCase):
                 (lambda: concurry.gather([good, pending], timeout=0, progress=True), r"50% 1/2 .*TimeoutError\] failure"),
                 (lambda: next(concurry.gather([good, pending], iter=True, progress=True)), r"50% 1/2 .*\] stopped")):
             stream = self.stream()
-            with contextlib.suppress(KeyError, TimeoutError, concurrent.futures.TimeoutError):
+            with contextlib.suppress(KeyError, TimeoutError):
                 body()
             gc.collect()
             self.assertRegex(stream.text, ending + r"\n$")
@@ -2853,7 +2853,7 @@ class WaitingForLimitsTests(CleanTestCase):
                 pass
             async with limits.try_acquire() as acquired:
                 self.assertTrue(acquired.successful)
-                with self.assertRaises(TimeoutError if sys.version_info >= (3, 11) else asyncio.TimeoutError):
+                with self.assertRaises(TimeoutError):
                     await limits.async_acquire(timeout=0.01)
                 with self.assertRaisesRegex(ValueError, "capacity"):
                     limits.async_acquire({"c": 2})
@@ -2892,7 +2892,7 @@ class WaitingForLimitsTests(CleanTestCase):
             with limits.acquire():          # need not wait
                 with self.assertRaisesRegex(RuntimeError, "async with limits.async_acquire"):
                     limits.acquire()
-                with self.assertRaises(concurrent.futures.TimeoutError):
+                with self.assertRaises(TimeoutError):
                     limits.acquire(timeout=0)
                 self.assertFalse(limits.try_acquire().successful)
         asyncio.run(main())
@@ -3000,7 +3000,7 @@ class LimitPoolTests(CleanTestCase):
         held = [pool.acquire() for _ in range(6)]
         self.assertEqual([acquired.config["account"] for acquired in held], [1, 2, 0, 1, 2, 0])
         self.assertFalse(pool.try_acquire().successful)
-        with self.assertRaises(concurrent.futures.TimeoutError):
+        with self.assertRaises(TimeoutError):
             pool.acquire(timeout=0)
         held[0].release()                       # it is the turn of 0, and only 1 has something
         last = pool.acquire(timeout=SAFETY)
@@ -4311,7 +4311,7 @@ class StormTests:
             elif kind == "chain":
                 mine[-1].add_done_callback(functools.partial(self.chain, pool, futures))
             else:
-                with contextlib.suppress(concurrent.futures.TimeoutError, TimeoutError, concurrent.futures.CancelledError):
+                with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
                     list(pool.map(square, range(5), timeout=chance.choice([0.0005, SAFETY]), chunksize=chance.choice([1, 2])))
             futures.extend(mine)
 
@@ -5050,7 +5050,7 @@ class MapRunningTests:
         held = self.pool.submit(hold, self.started, self.go)
         self.started.wait()
         for options in ({}, {"chunksize": 2}, {"buffersize": 1}):
-            with self.assertRaises(TimeoutError if sys.version_info >= (3, 11) else concurrent.futures.TimeoutError):
+            with self.assertRaises(TimeoutError):
                 list(self.pool.map(square, range(10), timeout=0.01, **options))
         self.go.set()
         self.assertEqual(held.result(SAFETY), "held")
@@ -5430,8 +5430,7 @@ class OwnWaitTests(CleanTestCase):
                      lambda: list(pool.map(abs, range(9)))):
             with self.assertRaisesRegex(RuntimeError, r"call of TaskWorker.(submit\(\w+\)|abs) would be for ever"):
                 pool.submit(wait).result(SAFETY)
-        self.assertRaises(TimeoutError if sys.version_info >= (3, 11) else concurrent.futures.TimeoutError,
-                          pool.submit(lambda: pool.submit(int).result(0.001)).result, SAFETY)
+        self.assertRaises(TimeoutError, pool.submit(lambda: pool.submit(int).result(0.001)).result, SAFETY)
         self.assertEqual(pool.submit(int).result(SAFETY), 0)
 
     def test_what_can_end_is_waited_for(self):
@@ -5458,7 +5457,7 @@ class OwnWaitTests(CleanTestCase):
             with limits.acquire():
                 with self.assertRaisesRegex(RuntimeError, "for 1 of 'slots' would be for ever: this thread itself holds 3 of 3"):
                     limits.acquire()
-                self.assertRaises(concurrent.futures.TimeoutError, limits.acquire, timeout=0.001)
+                self.assertRaises(TimeoutError, limits.acquire, timeout=0.001)
                 self.assertFalse(limits.try_acquire().successful)
             self.assertRaisesRegex(RuntimeError, "for 2 of 'slots'", limits.acquire, {"slots": 2})
         # Held by another thread, or handed on without `with`: it is waited for.
@@ -5963,7 +5962,7 @@ class WorkerLimitTests:
             self.assertEqual(limits.get_stats()["slots"]["waiting"], 0)
             held.release()
         elif self.mode == "sync":
-            self.assertIsInstance(api.ask_on_loop(timeout=0.01).exception(SAFETY), concurrent.futures.TimeoutError)
+            self.assertIsInstance(api.ask_on_loop(timeout=0.01).exception(SAFETY), TimeoutError)
             held.release()
         else:
             waiting = api.ask_on_loop()
@@ -9181,7 +9180,7 @@ class Mortal(Worker):
         for timeout in (0, 1e-9, 0.01):
             try:
                 self.limits.acquire(timeout=timeout)
-            except concurrent.futures.TimeoutError as error:
+            except TimeoutError as error:
                 errors.append(str(error))
         return len(errors), self.limits.try_acquire().successful
 
@@ -9203,7 +9202,7 @@ class Mortal(Worker):
         for _ in range(times):
             try:
                 self.limits.acquire(timeout=1e-4)
-            except concurrent.futures.TimeoutError:
+            except TimeoutError:
                 errors += 1
         return errors
 
@@ -9345,7 +9344,7 @@ class FarLimitTests(ProgramCase):
         pool = self.start(Mortal, mode="process", limits=limits)
         limits.acquire().release()
         error = pool.wait_for_limits(0.05).exception(SAFETY)
-        self.assertIsInstance(error, concurrent.futures.TimeoutError)
+        self.assertIsInstance(error, TimeoutError)
         self.assertGreater(pool.pid().result(SAFETY), 0)
 
     def test_timeouts_leave_no_timers(self):
@@ -11628,7 +11627,7 @@ class RaceTests(CleanTestCase):
         pool = self.start(TaskWorker, mode="thread")
         for _ in range(10):
             concurry.wait([foreign], timeout=0)
-            self.assertRaises(TimeoutError if sys.version_info >= (3, 11) else Exception, gather, [foreign], timeout=0)
+            self.assertRaises(TimeoutError, gather, [foreign], timeout=0)
             pool.submit(abs, foreign).cancel()
         self.assertEqual(foreign._done_callbacks, [])
 
