@@ -1888,8 +1888,7 @@ class RetryLoopTests(CleanTestCase):
         while chain[-1].__context__ is not None:
             chain.append(chain[-1].__context__)
         self.assertEqual(chain, errors[::-1])
-        if sys.version_info >= (3, 11):
-            self.assertRegex(error.__notes__[0], r"4 attempts of fetch\(\) in 4 s")
+        self.assertRegex(error.__notes__[0], r"4 attempts of fetch\(\) in 4 s")
         same = KeyError("same")
         (_, error), _, _ = self.play(retries_of(num_retries=3), [same] * 4)
         self.assertIs(error, same)
@@ -8058,7 +8057,7 @@ class ByValueClassTests(ProgramCase):
 
     def test_dataclasses(self):
         self.run_script('''
-        import dataclasses, sys
+        import dataclasses
         from typing import List, ClassVar
         from dataclasses import dataclass, field
         @dataclass
@@ -8092,8 +8091,6 @@ class ByValueClassTests(ProgramCase):
         p, f, s = call(check, P, F, Sub)
         assert p == P(3) and f == F(3) and s == Sub(2) and type(s) is Sub
         assert call(lambda f: f.a, F(7)) == 7
-        if sys.version_info >= (3, 10):
-            exec("""
         @dataclass(slots=True, frozen=True)
         class L:
             a: int
@@ -8108,12 +8105,11 @@ class ByValueClassTests(ProgramCase):
                 c: int
             return L(5, b=6), dataclasses.replace(l, b=8)
         assert call(slotted, L(1), L) == (L(5, b=6), L(1, b=8))
-        """)
         ''')
 
     def test_enums(self):
         self.run_script('''
-        import enum, sys
+        import enum
         class Color(enum.Enum):
             RED = 1
             GREEN = "g"
@@ -8183,18 +8179,17 @@ class ByValueClassTests(ProgramCase):
             (repr(Color.RED), str(Number.ONE), format(Text.A), repr(Perm.RW), str(IPerm.R))
         Color.later = 4
         assert call(lambda: Color.later) == 4
-        if sys.version_info >= (3, 11):
-            class S(enum.StrEnum):
-                A = enum.auto()
-                B = enum.auto()
-            class Strict(enum.Flag, boundary=enum.KEEP):
-                A = 1
-                B = 4
-            def newer():
-                assert S("b") is S.B and f"{S.A}" == "a"
-                assert list(Strict(5)) == [Strict.A, Strict.B] and Strict(11).value == 11
-                return S.B, Strict.B
-            assert call(newer)[0] is S.B and call(newer)[1] is Strict.B
+        class S(enum.StrEnum):
+            A = enum.auto()
+            B = enum.auto()
+        class Strict(enum.Flag, boundary=enum.KEEP):
+            A = 1
+            B = 4
+        def newer():
+            assert S("b") is S.B and f"{S.A}" == "a"
+            assert list(Strict(5)) == [Strict.A, Strict.B] and Strict(11).value == 11
+            return S.B, Strict.B
+        assert call(newer)[0] is S.B and call(newer)[1] is Strict.B
         import dataclasses
         @dataclasses.dataclass
         class Info:
