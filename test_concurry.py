@@ -5733,12 +5733,6 @@ class CallTimeoutProcessTests(CleanTestCase):
                     self.assertIsInstance(error, CallTimeoutError)
                     self.assertIs(call, first.future)
 
-    def test_the_class_is_made_once(self):
-        self.assertIs(concurry._call_timeout_class(), concurry.CallTimeoutError)
-        both = threading.Barrier(2)
-        once = concurry._made_once(lambda: (both.wait(SAFETY), object()))       # both make one
-        self.assertIs(*(made.result(SAFETY) for made in [in_thread(once) for _ in range(2)]))
-
 
 class DiesOnce(Worker):
     def __init__(self, marker):
