@@ -30,7 +30,7 @@ Functions, on a pool of workers:
     [0, 1, 4, 9, 16]
 
 Change "thread" to "process", "asyncio", "sync" or "ray" and nothing else. The file needs nothing but
-Python (3.9 or newer; and Ray for that mode) and may be copied into a project, under any name.
+Python (3.11 or newer; and Ray for that mode) and may be copied into a project, under any name.
 """
 from __future__ import annotations
 
@@ -97,11 +97,9 @@ else:
         MutableMapping,
         Sequence,
     )
-    from typing import Any, Literal, NoReturn, Optional, Protocol, TextIO, TypeVar, Union
+    from typing import Any, Literal, NoReturn, ParamSpec, Protocol, Self, TextIO, TypeAlias, TypeVar
     from typing import Generic as _Generic
     from typing import overload as _overload
-
-    from typing_extensions import ParamSpec, Self, TypeAlias
 
     P = ParamSpec("P")
     T = TypeVar("T")
@@ -115,7 +113,7 @@ def _squeeze(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-class _Choice(str, enum.Enum):
+class _Choice(enum.StrEnum):
     """A string from a fixed set, found by its value, its name or an alias, however it is spelt."""
 
     _value_: str
@@ -126,8 +124,6 @@ class _Choice(str, enum.Enum):
         member._value_ = value
         member._aliases = aliases
         return member
-
-    __str__ = str.__str__
 
     @classmethod
     def _missing_(cls, value: object) -> Self:
@@ -233,65 +229,17 @@ class WorkerDiedError(RuntimeError):
         self.started, self.deaths = started, deaths
 
 
-def _made_once(make: Callable[[], T]) -> Callable[[], T]:
-    """Have the same thing returned by all calls, though two threads may have made one each."""
-    made: dict[None, T] = {}
-    return lambda: made[None] if made else made.setdefault(None, make())
+class CallTimeoutError(TimeoutError):
+    """A call ran for longer than its `call_timeout`.
 
+    `method` is what ran too long, `worker` where, `timeout` how many seconds it might have taken. It is caught
+    under every name that a TimeoutError has.
+    """
 
-@_made_once
-def _timeout_class() -> type[TimeoutError]:
-    """Return the class of our TimeoutErrors: before 3.11 three unrelated classes had that name."""
-    if TYPE_CHECKING:
-        return TimeoutError
-    if concurrent.futures.TimeoutError is TimeoutError:
-        return TimeoutError
-    import asyncio
-    return type("TimeoutError", (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError), {})
-
-
-def _timeout(message: str) -> TimeoutError:
-    """Return the exception for a span that is over: caught under every name a TimeoutError has."""
-    return _timeout_class()(message)
-
-
-@_made_once
-def _call_timeout_class() -> type[TimeoutError]:
-    class CallTimeoutError(_timeout_class()):  # type: ignore[misc]
-        """A call ran for longer than its `call_timeout`.
-
-        `method` is what ran too long, `worker` where, `timeout` how many seconds it might have taken. It is caught
-        under every name that a TimeoutError has.
-        """
-
-        def __init__(self, message: str, method: str | None = None, worker: str | None = None,
-                     timeout: float | None = None) -> None:
-            super().__init__(message)
-            self.method, self.worker, self.timeout = method, worker, timeout
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            return _load_call_timeout, (str(self), self.method, self.worker, self.timeout)
-
-    CallTimeoutError.__qualname__ = "CallTimeoutError"
-    return CallTimeoutError
-
-
-def _load_call_timeout(*args: Any) -> TimeoutError:
-    return _call_timeout_class()(*args)
-
-
-if TYPE_CHECKING:
-    class CallTimeoutError(TimeoutError):
-        def __init__(self, message: str, method: str | None = None, worker: str | None = None,
-                     timeout: float | None = None) -> None:
-            self.method, self.worker, self.timeout = method, worker, timeout
-elif concurrent.futures.TimeoutError is TimeoutError:
-    CallTimeoutError = _call_timeout_class()
-else:
-    def __getattr__(name: str) -> Any:          # of this module: to make the class takes asyncio
-        if name == "CallTimeoutError":
-            return _call_timeout_class()
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __init__(self, message: str, method: str | None = None, worker: str | None = None,
+                 timeout: float | None = None) -> None:
+        super().__init__(message)
+        self.method, self.worker, self.timeout = method, worker, timeout
 
 
 def _optional(name: str) -> Any:
@@ -866,7 +814,8 @@ class BaseFuture(concurrent.futures.Future[T]):
         outcome: tuple[str, Any] | None = self._outcome
         if outcome is None:
             call = self.__dict__.get("_call")
-            raise _timeout(f"the call {f'{call} ' if call else ''}has not ended within {timeout} seconds; it goes on")
+            shown = f"{call} " if call else ""
+            raise TimeoutError(f"the call {shown}has not ended within {timeout:g} seconds; it goes on")
         return outcome
 
     # What an executor calls, and a test that plays one.
@@ -1876,9 +1825,8 @@ def _settled_of(futures: set[Any], return_when: str) -> Generator[_Watch, None, 
 if TYPE_CHECKING:
     F = TypeVar("F", bound=concurrent.futures.Future[Any])
     # No future: a dict is no collection of its keys.
-    K = TypeVar("K", bound=Union[str, bytes, float, tuple[Any, ...], enum.Enum])
-    _Progress: TypeAlias = Union[
-        bool, dict[str, Any], "ProgressBar", Callable[[int, Optional[int], float], object], None]
+    K = TypeVar("K", bound=str | bytes | float | tuple[Any, ...] | enum.Enum)
+    _Progress: TypeAlias = bool | dict[str, Any] | ProgressBar | Callable[[int, int | None, float], object] | None
     _Future: TypeAlias = concurrent.futures.Future[T]
 
     class _DoneAndNotDone(tuple[set[T], set[T]]):       # a named tuple
@@ -1962,7 +1910,7 @@ def _left_of(timeout: float | None, deadline: float | None) -> float | None:
     """Return the seconds that are left to sleep; TimeoutError if there are none."""
     left = _left(deadline)
     if left == 0:
-        raise _timeout(f"not everything has ended within {timeout} seconds")
+        raise TimeoutError(f"not everything has ended within {timeout:g} seconds")
     return left
 
 
@@ -2046,7 +1994,7 @@ class _Gathering:
                 self.raise_first(list(watch.finished))
             missing = sum(not future.done() for future in pending)
             if missing:
-                raise _timeout(f"{missing} of {len(self.futures)} calls have not ended within {timeout} seconds")
+                raise TimeoutError(f"{missing} of {len(self.futures)} calls have not ended within {timeout:g} seconds")
         values = self.results_there()
         if values is None:
             values = self.nested.rebuilt(self.value_of) if self.recurse else \
@@ -2484,7 +2432,7 @@ class _Retries:
             _set(value, "_given_up_in", around)
         else:
             vars(value).pop("_given_up_in", None)
-        if attempt > 1 and hasattr(BaseException, "add_note"):
+        if attempt > 1:
             note = f"concurry made {attempt} attempts of {method}() in {clock() - began:.3g} s"
             _set(value, "__notes__", [*vars(value).get("__notes__", ()), note])
         return kind, value
@@ -3646,7 +3594,7 @@ class LimitSet:
 
     @staticmethod
     def _timeout(ticket: _Ticket, timeout: float | None) -> TimeoutError:
-        return _timeout(f"{ticket.wants} could not be acquired within {timeout} seconds")
+        return TimeoutError(f"{ticket.wants} could not be acquired within {timeout:g} seconds")
 
     def _steps(self, home: _Desk | _Away, ticket: _Ticket, timeout: float | None) -> Iterator[float | None]:
         """Yield the seconds to sleep on the bell, None: until it rings, while the ticket is not granted."""
@@ -4440,7 +4388,7 @@ class _OtherLoop:
         import asyncio
         self.outer: Any = asyncio._get_running_loop()
         self.task = self.outer and asyncio.current_task(self.outer)
-        if self.task:
+        if self.outer and self.task:
             asyncio.tasks._leave_task(self.outer, self.task)
         asyncio._set_running_loop(None)
 
@@ -4484,7 +4432,7 @@ def _carry_out(runner: _Runner, call: _Call) -> bool:
 
 
 class _Tally:
-    """What has become of the calls of a worker. No lock: since Python 3.10 no thread comes into the middle of a +=."""
+    """What has become of the calls of a worker. No lock: no thread comes into the middle of a +=."""
 
     def __init__(self) -> None:
         self.done = self.failed = self.cancelled = self.retried = self.deaths = self.retired = 0
@@ -4612,7 +4560,7 @@ class _Backend:
         """End a call that has run for too long, `call.overran` seconds; on the reader's thread."""
 
     def overrun_error(self, call: _Call, what: str) -> Any:
-        return _call_timeout_class()(f"{self.name} ran {call.shown()} for more than {call.overran:g} seconds, its "
+        return CallTimeoutError(f"{self.name} ran {call.shown()} for more than {call.overran:g} seconds, its "
                                      f"call_timeout: {what}", call.method, self.name, call.overran)
 
     def is_stuck_here(self, call: _Call) -> bool:
@@ -8215,7 +8163,7 @@ class _Remote:
         except BaseException as cause:
             errors = sys.modules["ray"].exceptions
             if isinstance(cause, errors.GetTimeoutError):
-                raise _timeout(f"the result has not come within {timeout} seconds") from None
+                raise TimeoutError(f"the result has not come within {timeout:g} seconds") from None
             if isinstance(cause, errors.RayError):
                 return _ERROR, _inner_error(cause)
             return _ERROR, _loading_error("result", self, cause)
@@ -9858,7 +9806,7 @@ class _Pool:
         gate = call.gate = _held_lock()
         # Asked after the gate was made: who settles the call takes it out before he looks for a gate.
         if call.backend is None and call in self.calls and not _sleep_on(gate, _left(deadline)):
-            raise _timeout("no place in the queue became free in time")
+            raise TimeoutError("no place in the queue became free in time")
 
     def is_stuck_here(self, call: _Call) -> bool:
         """Tell whether a call cannot begin, or go on, while this thread waits for it."""

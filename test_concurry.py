@@ -515,7 +515,7 @@ class ModuleTests(CleanTestCase):
             if name and re.search("(Error|^_timeout|^_Reason)$", name) and call.args and text(call.args[0]):
                 seen += 1
                 self.assertIn(name, (
-                    "ValueError", "TypeError", "AttributeError", "RuntimeError", "_timeout", "_Reason", "PicklingError", "OSError",
+                    "ValueError", "TypeError", "AttributeError", "RuntimeError", "TimeoutError", "_Reason", "PicklingError", "OSError",
                     "ImportError", "WorkerDiedError", "InvalidStateError", "RayError", "RayActorError"))
                 message = text(call.args[0])
                 with self.subTest(message=message, line=call.lineno):
