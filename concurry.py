@@ -781,18 +781,47 @@ class BaseFuture(concurrent.futures.Future[T]):
     def add_done_callback(self, fn: Callable[[BaseFuture[T]], object]) -> None:
         """Call `fn(future)` when the call has ended, in the thread that ends it, or now if it has.
 
-        What it raises is logged, and ignored.
+        What it raises is logged, and ignored. A callback of asyncio's own, such as that of `asyncio.wait`, is called
+        on the event loop that runs in this thread.
         """
+        asyncio = sys.modules.get("asyncio")
+        loop = asyncio and asyncio._get_running_loop()
+        if loop and str(getattr(fn, "__module__", "")).partition(".")[0] == "asyncio":
+            fn = _OnLoop(loop, fn)
         _attend(self, "_callbacks", fn)
 
+    def remove_done_callback(self, fn: Callable[[BaseFuture[T]], object]) -> int:
+        """Remove all callbacks that equal `fn`; return how many there were. `asyncio.wait` needs it."""
+        count, callbacks = 0, self.__dict__.get("_callbacks", [])
+        for each in list(callbacks):
+            if (each.fn if type(each) is _OnLoop else each) == fn:
+                try:
+                    callbacks.remove(each)
+                    count += 1
+                except ValueError:          # it is just being called
+                    pass
+        return count
+
     def __await__(self) -> Generator[Any, None, T]:
+        import asyncio
         if not self.done():
-            import asyncio
-            return (yield from asyncio.wrap_future(self))
+            # Not asyncio.wrap_future: that waits for ever for a StopIteration.
+            loop = asyncio.get_running_loop()
+            woken: asyncio.Future[None] = loop.create_future()
+            wake = _OnLoop(loop, lambda future: woken.done() or woken.set_result(None))
+            _attend(self, "_wakers", wake)
+            try:
+                yield from woken
+            except asyncio.CancelledError:
+                _leave(self, wake)
+                self.cancel()
+                raise
         if self.cancelled():
-            import asyncio
             raise asyncio.CancelledError()
-        return self.result()
+        try:
+            return self.result()
+        except StopIteration as error:      # to whoever awaits it would be the end of this coroutine, with a result
+            raise RuntimeError(f"the call raised {error!r}") from error
 
     def _known(self) -> tuple[str, Any]:
         """Return the outcome that is there."""
@@ -821,16 +850,20 @@ class BaseFuture(concurrent.futures.Future[T]):
     # What an executor calls, and a test that plays one.
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Mark the call as begun; return False if it was cancelled."""
-        return self._begin()
+        """Mark the call as begun; return False if it was cancelled. InvalidStateError if it has begun or ended."""
+        if self._begin():
+            return True
+        if not self.cancelled():
+            raise concurrent.futures.InvalidStateError(f"this future was begun before: {self!r}")
+        return False
 
     def set_result(self, result: T) -> None:
         """Settle the future with a result; InvalidStateError if it has an outcome."""
         self._set(_RESULT, result)
 
     def set_exception(self, exception: BaseException | None) -> None:
-        """Settle the future with an exception; InvalidStateError if it has an outcome."""
-        self._set(_ERROR, exception)
+        """Settle the future with an exception; InvalidStateError if it has an outcome. None: with the result None."""
+        self._set(_RESULT if exception is None else _ERROR, exception)
 
     def _set(self, kind: str, value: Any) -> None:
         if not _settle(self, kind, value):
@@ -912,6 +945,19 @@ def _fail_dependent(future: BaseFuture[Any], kind: str, value: Any) -> None:
 def _settle_failing(failing: collections.deque[tuple[BaseFuture[Any], str, Any]]) -> None:
     while failing:
         _settle_unbegun(*failing.popleft())
+
+
+class _OnLoop:
+    """A callback that runs on an event loop, whatever thread the future is settled in."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, fn: Callable[[Any], object]) -> None:
+        self.loop, self.fn = loop, fn
+
+    def __call__(self, future: Any) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.fn, future)
+        except RuntimeError:            # the loop is closed: nobody waits there any more
+            pass
 
 
 def _settle_under(gate: _Gate, future: BaseFuture[Any], outcome: tuple[str, Any]) -> bool:
@@ -1750,8 +1796,12 @@ class _Tracked(_Untracked):
 _UNTRACKED = _Untracked()
 
 
+def _is_untracked(progress: Any) -> bool:
+    return progress is None or progress is False
+
+
 def _tracked(progress: Any, total: int | None, futures: Iterable[Any]) -> _Untracked:
-    return _UNTRACKED if progress is None or progress is False else _Tracked(progress, total, futures)
+    return _UNTRACKED if _is_untracked(progress) else _Tracked(progress, total, futures)
 
 
 def _tracking(steps: Generator[Any, None, Any], progress: Any, futures: Collection[Any]) -> Generator[Any, None, Any]:
@@ -1854,11 +1904,12 @@ def wait(fs: Iterable[Any], timeout: float | None = None, return_when: ReturnWhe
         from any thread, one at a time; what it raises is logged at DEBUG. None: nothing is shown.
     """
     fs = set(_wrap_refs(_several(fs)))
+    return_when = ReturnWhen(return_when)
     for future in fs:
         _check_waitable(future)
     if timeout is None and return_when == ALL_COMPLETED and _here.is_ours:
         _refuse_to_wait_for_own(fs)
-    return _run(_tracking(_settled_of(fs, ReturnWhen(return_when)), progress, fs), timeout)
+    return _run(_tracking(_settled_of(fs, return_when), progress, fs), timeout)
 
 
 @_overload
@@ -2077,7 +2128,7 @@ def gather(*fs: Any, return_exceptions: bool = False, iter: bool = False, timeou
     that of `wait`.
     """
     gathering = _Gathering(fs, return_exceptions, recurse)
-    values = None if iter or progress else gathering.results_there()
+    values = None if iter or not _is_untracked(progress) else gathering.results_there()
     if values is not None:
         return gathering.shaped(values)
     for future in gathering.find().futures:
@@ -2114,13 +2165,26 @@ def async_gather(*fs: Any, return_exceptions: bool = False, iter: bool = False, 
                  progress: _Progress = None, recurse: bool = False) -> Any:
     """Do what `gather` does without blocking the event loop: to be awaited, or with `iter` for `async for`.
 
-    Takes coroutines too, and runs them as tasks.
+    Takes coroutines too, and runs them as tasks; when it is cancelled, or the iterator closed, so are these.
     """
     gathering = _Gathering(fs, return_exceptions, recurse)
-    gathering.values = list(map(_as_future, gathering.values))
+    given, gathering.values = gathering.values, list(map(_as_future, gathering.values))
+    tasks = [task for task, value in zip(gathering.values, given) if task is not value]
     gathering.find()
     steps = _tracking(gathering.pairs() if iter else gathering.collect(timeout), progress, gathering.futures)
+    if tasks:
+        steps = _cancelling(steps, tasks)
     return _finished_async(steps, timeout, _deadline(timeout)) if iter else _run_async(steps, timeout)
+
+
+def _cancelling(steps: Generator[Any, None, Any], tasks: Iterable[asyncio.Task[Any]]) -> Generator[Any, None, Any]:
+    """Return the steps of waiting; if they are closed before their end, the tasks are cancelled."""
+    try:
+        return (yield from steps)
+    except GeneratorExit:
+        for task in tasks:
+            task.cancel()
+        raise
 
 
 # === Futures inside containers ===

@@ -512,11 +512,12 @@ class ModuleTests(CleanTestCase):
         seen = 0
         for call in ast.walk(ast.parse(open_and_read(concurry.__file__))):
             name = isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2]
-            if name and re.search("(Error|^_timeout|^_Reason)$", name) and call.args and text(call.args[0]):
+            if name and re.search("(Error|^_Reason)$", name) and call.args and text(call.args[0]):
                 seen += 1
                 self.assertIn(name, (
                     "ValueError", "TypeError", "AttributeError", "RuntimeError", "TimeoutError", "_Reason", "PicklingError", "OSError",
-                    "ImportError", "WorkerDiedError", "InvalidStateError", "RayError", "RayActorError"))
+                    "ImportError", "WorkerDiedError", "InvalidStateError", "RayError", "RayActorError",
+                    "CallTimeoutError"))
                 message = text(call.args[0])
                 with self.subTest(message=message, line=call.lineno):
                     self.assertRegex(message, r"^([a-z'{@-]|Ray )(.|\n)*[^.\s]$")
