@@ -50,7 +50,6 @@ import builtins
 import collections.abc
 import concurrent.futures
 import contextvars
-import copy
 import enum
 import functools
 import heapq
@@ -497,6 +496,10 @@ class _Config:
     def __reduce__(self) -> tuple[Any, ...]:
         # What holds here and now travels, for good.
         return _config_of, ({name: settings._current() for name, settings in vars(self).items()},)
+
+    def _copy(self) -> _Config:
+        make, args = self.__reduce__()
+        return make(*args)
 
 
 def _config_of(tables: dict[str, dict[str, Any]]) -> _Config:
@@ -2310,12 +2313,14 @@ class RetryConfig:             # noqa: PLW1641
     num_retries: further attempts after the first.
     retry_on: what is tried again: exception classes, or callables, one or a list. A callable gets the exception
         first, and by name what it accepts of `attempt`, `elapsed_time` (seconds), `method_name`, `worker_class` (its
-        name), `args`, `kwargs`. It returns whether, or, as a float, after how many seconds at least.
+        name), `args`, `kwargs`. It returns whether, or a number: after how many seconds at least (0: at once). All callables are
+        asked until one returns a number, also beside a class that matches.
     retry_algorithm: how the wait grows with the attempts k = 1, 2, ...: "exponential" retry_wait * 2**(k-1), "linear"
         retry_wait * k, "fibonacci" retry_wait * (1, 1, 2, 3, 5, ...), "fixed" retry_wait.
     retry_wait: seconds.
-    retry_max_wait: the most seconds of a wait, before jitter. An exception's `retry_after` (seconds) is not
-        capped: it is waited for, and at most a tenth longer.
+    retry_max_wait: the most seconds of a wait, before jitter. A wait that is asked for is not capped: it is waited
+        for, and at most a tenth longer. An exception asks by `retry_after` (seconds, a timedelta, or text as in the
+        header Retry-After), or by `retry-after-ms` or Retry-After in the `headers` of its `response`, or its own.
     retry_jitter: the share of the wait that is left to chance, from 0 to 1: at 1 it is anything from 0 to the wait.
     retry_until: validators of the result, called likewise with the result; all have to return true.
 
@@ -2421,11 +2426,50 @@ def _is_misuse(error: BaseException) -> bool:
     return getattr(error, "_is_misuse", False) or pickle is not None and isinstance(error, pickle.PicklingError)
 
 
-def _seconds_in(value: object) -> float | None:
-    """Return a wait that an exception or a filter asks for, or None."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e15:
-        return float(value)
-    return None
+def _seconds_in(value: Any) -> float | None:
+    """Return the seconds of a wait that is asked for: a number, a timedelta, a text of either form of Retry-After.
+
+    None for what cannot be read, is negative or lies in the past. The forms: RFC 9110, section 10.2.3.
+    """
+    try:
+        if isinstance(value, bytes):
+            value = value.decode("latin-1")
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                from email.utils import mktime_tz, parsedate_tz
+                date: Any = parsedate_tz(value)
+                value = mktime_tz((*date[:9], date[9] or 0)) - time.time()
+        elif hasattr(value, "total_seconds"):
+            value = value.total_seconds()
+        return float(value) if _is_number(value) and 0 <= value <= 1e15 else None
+    except Exception:               # a date that is none; what is no number and says that it is
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _wait_asked_for(error: BaseException) -> float | None:
+    """Return the seconds that an exception asks to wait, as those of HTTP clients do, or None.
+
+    In its `retry_after`, else in the headers of its `response`, or its own. A response may be false in itself.
+    """
+    try:
+        wait = _seconds_in(getattr(error, "retry_after", None))
+        if wait is not None:
+            return wait
+        response = getattr(error, "response", None)
+        headers = getattr(error if response is None else response, "headers", None)
+        if headers is None:
+            return None
+        found = {str(name).lower(): value for name, value in headers.items()}
+        milliseconds = _seconds_in(found.get("retry-after-ms"))
+        return _seconds_in(found.get("retry-after")) if milliseconds is None else milliseconds / 1000
+    except Exception:               # of the user's attributes
+        return None
 
 
 @functools.lru_cache(None)
@@ -2526,16 +2570,13 @@ class _Retries:
             return isinstance(error, named) and not is_cancelled, None
         if _is_misuse(error) or vars(error).get("_given_up_in") is here:
             return False, None
-        least = _seconds_in(getattr(error, "retry_after", None))
-        if isinstance(error, self.classes):
-            return True, least
+        is_wanted = isinstance(error, self.classes)
         for ask in self.filters:
             answer = ask({"exception": error, **values})
-            if isinstance(answer, float):
+            if _is_number(answer):
                 return True, _seconds_in(answer)
-            if answer:
-                return True, least
-        return False, None
+            is_wanted = is_wanted or bool(answer)
+        return is_wanted, _wait_asked_for(error) if is_wanted else None
 
     def _what_is_wrong(self, result: Any, values: dict[str, Any]) -> str | None:
         """Return what a validator has against a result, in words; None if nothing is wrong."""
@@ -3195,7 +3236,6 @@ class _Ticket:
     due = math.inf              # when the first in line may be granted, if this one has to look to it
     usage: Any = None           # amounts really used, by key, as far as they have been told
     counted: Any = None         # the `usage` that has been taken into account
-    owner: Any = None           # the thread that is within its `with` block, and the frame that is
     home: Any = None            # where it is away, ...
     number: Any = None          # ... and what it is known by on its way there
     answer: Any = None          # what came back beside the verdict: a reason, or statistics
@@ -3509,8 +3549,7 @@ class LimitSet:
         timeout: seconds to wait at most, then TimeoutError is raised and nothing was taken; None: no end.
 
         Raises ValueError at once for more than a capacity; RuntimeError where waiting would stall an
-        event loop: there `async_acquire` waits; and where it would be for ever, for this thread itself is within
-        a `with` block that holds the resource (as far as that is known: in the process where the set was made).
+        event loop: there `async_acquire` waits. Whoever asks for what it holds itself waits for ever: give a timeout.
         """
         if not self._limits:
             return self._free
@@ -3570,7 +3609,7 @@ class LimitSet:
         for key, n in requested.items():
             limit = self._limits.get(key)
             if limit is None:
-                self._warn_unknown(key, 4)
+                self._warn_unknown(key)
                 continue
             wants[key] = n = limit._amount(n)
             if n > limit.free_of_update:
@@ -3587,12 +3626,10 @@ class LimitSet:
             if key not in self._limits or not 0 <= n <= _LARGEST:
                 raise ValueError(f"usage {n!r} of {key!r}")
 
-    def _warn_unknown(self, key: str, level: int) -> None:
+    def _warn_unknown(self, key: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            import warnings
-            warnings.warn(f"there is no limit {key!r} in {self!r}: it is ignored{_nearest(key, self._limits)}",
-                          stacklevel=level)
+            _warn(f"there is no limit {key!r} in {self!r}: it is ignored{_nearest(key, self._limits)}")
 
     def _try(self, home: Any, ticket: _Ticket, owed: Sequence[str]) -> _Acquisition:
         ticket.may_wait = False
@@ -3618,8 +3655,6 @@ class LimitSet:
                                "answers of worker processes: acquire in the call itself, or submit one that does")
         if _would_stall() and (timeout is None or timeout > 0):
             raise _own_error(RuntimeError(_STALLS))
-        if timeout is None and not home.is_far:
-            self._refuse_to_wait_for_own(home, ticket)
         ticket.bell = _Bell()
         for seconds in self._steps(home, ticket, timeout):
             ticket.bell.sleep(seconds)
@@ -3637,24 +3672,6 @@ class LimitSet:
         except BaseException:
             _drop(home, ticket)
             raise
-
-    def _refuse_to_wait_for_own(self, home: _Desk, ticket: _Ticket) -> None:
-        """Raise a RuntimeError where what this thread holds itself, by a `with` that it is in, will never be free."""
-        with home.lock:
-            owned = [held for held in home.held if held.owner is not None and held.owner[0] == threading.get_ident()]
-        if not owned:
-            return
-        around, frame = set(), sys._getframe(1).f_back      # an ExitStack, say, may be closed by others
-        while frame is not None:
-            around.add((id(frame), frame.f_code))
-            frame = frame.f_back
-        mine = [held.wants for held in owned if held.owner[1:] in around]
-        for key, n in ticket.wants.items():
-            limit, own = self._limits[key], sum(wants.get(key, 0) for wants in mine)
-            if isinstance(limit, ResourceLimit) and own + n > limit.capacity:
-                raise _own_error(RuntimeError(
-                    f"to wait here for {n} of {key!r} would be for ever: this thread itself holds {own} of "
-                    f"{limit.capacity}, in a `with` block around this; acquire all of it there, or less here"))
 
     @staticmethod
     def _timeout(ticket: _Ticket, timeout: float | None) -> TimeoutError:
@@ -3733,7 +3750,7 @@ class _Acquisition:
         for key, n in usage.items():
             limit = self._limits._limits.get(key)
             if limit is None:
-                self._limits._warn_unknown(key, 3)
+                self._limits._warn_unknown(key)
                 continue
             n = _number(n, "the usage of ", key)
             if not 0 <= n <= _LARGEST:
@@ -3758,8 +3775,6 @@ class _Acquisition:
             self.__class__ = _Acquisition       # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> Self:
-        frame = sys._getframe(1)
-        self._ticket.owner = threading.get_ident(), id(frame), frame.f_code
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -4172,6 +4187,14 @@ def _definitions(cls: type) -> Iterator[tuple[str, Any]]:
             yield from vars(base).items()
 
 
+def _async_names(cls: type) -> set[str]:
+    """Return the names of the coroutine methods: a plain method that overrides one is none."""
+    found: dict[str, Any] = {}
+    for name, value in _definitions(cls):
+        found.setdefault(name, value)
+    return {name for name, value in found.items() if _is_async(getattr(value, "__func__", value))}
+
+
 def _without_our_frame(error: BaseException) -> BaseException:
     """Take our own frame off the traceback: it says nothing, and makes a cycle with the call."""
     return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
@@ -4197,8 +4220,8 @@ class _Recipe:
         self.most_tasks, self.most_memory = options.max_tasks_per_worker, options.max_worker_memory
         self.limits = _limits_for_worker(options.limits)
         self.retries = {name: getattr(options, name) for name in _RETRY_OPTIONS}
-        self.config = copy.copy(global_config)      # as it is here and now
-        self.async_names = {name for name, value in _definitions(cls) if _is_async(getattr(value, "__func__", value))}
+        self.config = global_config._copy()     # as it is here and now
+        self.async_names = _async_names(cls)
 
     def build(self) -> Any:
         if self.initializer is not None:
@@ -4408,6 +4431,11 @@ def _retry_within(cls: type, name: str) -> Any:
     The class is changed, for an object may be frozen, have slots or be a model. Objects that live in no
     worker, or in one without retries, are called as before.
     """
+    with _naming:               # workers that are built side by side would wrap it once each
+        return _retry_within_now(cls, name)
+
+
+def _retry_within_now(cls: type, name: str) -> Any:
     bare = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
     if not isinstance(bare, types.FunctionType):
         return None                         # a static or class method, or an object that has more to it than its call
@@ -7068,7 +7096,7 @@ def _worker_main(connection: socket.socket) -> None:
             if recipe is None:
                 recipe = _load(_loads, data, buffers)
             elif isinstance(recipe.limits, LimitPool):
-                recipe.limits = copy.copy(recipe.limits)        # with a round of its own
+                recipe.limits = _limit_pool(*recipe.limits.__reduce__()[1])     # with a round of its own
             _show_name(f"{recipe.name}-{_worker_index}")
             global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
             runner = _Runner(recipe, _upstream.halt)
@@ -8560,7 +8588,8 @@ class _RayBackend(_Backend):
         for each in _sets_in(recipe.limits):
             if each._home.is_far and each._home.way is not None and each._home.way.over:
                 raise RuntimeError(each._home.way.over)
-        coroutines = _async_names(recipe)
+        # Methods whose calls an actor runs beside one another; without any it is a plain actor.
+        coroutines = recipe.async_names | ({"__call__", "_chunk"} if _is_async(recipe.bound) else set())
         cls = _actor_class(recipe.name, bool(coroutines)).options(**_actor_options(options))
         portable, refs = _with_refs(_dumps, recipe, lambda: (_recipe_parts(recipe), f" of {recipe.cls.__name__}"))
         return cls, (*_own_module(), "_Actor", _packed(_frozen(portable), refs), _lineage), coroutines
@@ -9002,12 +9031,6 @@ def _cause_of_death(error: BaseException) -> str:
     """Return the words that matter of what Ray says about a death, which is long."""
     sentence = str(error).strip().rpartition("\n")[2].partition(". ")[0]
     return sentence.removeprefix("The actor is dead because ").rstrip(".")
-
-
-def _async_names(recipe: _Recipe) -> set[str]:
-    """Return the methods whose calls an actor runs beside one another; without any it is a plain actor."""
-    names = {name for name, value in _definitions(recipe.cls) if _is_async(getattr(value, "__func__", value))}
-    return names | ({"__call__", "_chunk"} if _is_async(recipe.bound) else set())
 
 
 def _actor_options(options: _Options) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import datetime
 import faulthandler
 import fractions
 import functools
@@ -2008,8 +2009,45 @@ class RetryLoopTests(CleanTestCase):
             self.assertEqual(self.play(retries_of(num_retries=1, retry_on=lambda e: 100.0), [KeyError(), "fine"])[1], [expected])
         for after in (None, "soon", True, -1, float("nan"), float("inf")):
             self.assertEqual(self.play(retries_of(num_retries=1), [Throttled(after), "fine"])[1], [1.0], after)
-        self.assertEqual(self.play(retries_of(num_retries=1, retry_on=lambda e: 7), [KeyError(), "fine"])[1], [1.0])
-        self.assertEqual(self.play(retries_of(num_retries=1, retry_on=lambda e: 0.0), [KeyError(), "fine"])[1], [0.0])
+        for retry_on, expected in ((lambda e: 7, 7.0), (lambda e: 0, 0.0), (lambda e: True, 1.0), (lambda e: -3, 1.0),
+                                   ([KeyError, lambda e: 7], 7.0), ([lambda e: True, lambda e: 7], 7.0)):
+            with self.subTest(expected=expected):
+                concurry._dice = lambda: FixedDice(0 if expected != 1.0 else 1)
+                self.assertEqual(self.play(retries_of(num_retries=1, retry_on=retry_on), [KeyError(), "fine"])[1], [expected])
+
+    def test_retry_after_in_all_its_forms(self):
+        """Seconds, dates and milliseconds, on the exception, its response or in its own headers, in any case."""
+        now = time.time()
+
+        def error_with(**attributes):
+            error = KeyError()
+            vars(error).update(attributes)
+            return error
+
+        class Falsy(types.SimpleNamespace):
+            """As a response of requests is, for a status of 400 and more."""
+            def __bool__(self):
+                return False
+
+        def date_in(seconds, form="%a, %d %b %Y %H:%M:%S GMT"):
+            return time.strftime(form, time.gmtime(now + seconds))
+        seconds = datetime.timedelta(seconds=100)
+        with unittest.mock.patch("time.time", lambda: math.floor(now)):
+            for error, expected in (
+                    (error_with(retry_after="100"), 100), (error_with(retry_after=b"0.5"), 0.5), (error_with(retry_after=seconds), 100),
+                    (error_with(retry_after=date_in(100)), 100), (error_with(retry_after=date_in(100, "%A, %d-%b-%y %H:%M:%S GMT")), 100),
+                    (error_with(retry_after=date_in(100, "%a %b %d %H:%M:%S %Y")), 100),
+                    (error_with(response=Falsy(headers={"Retry-After": "100"})), 100),
+                    (error_with(response=Falsy(headers={"RETRY-AFTER": date_in(100)})), 100),
+                    (error_with(response=Falsy(headers={"retry-after": "1", "Retry-After-Ms": "2500"})), 2.5),
+                    (error_with(response=None, headers={"Retry-After": 100}), 100), (error_with(headers={"retry-after-ms": "20"}), 0.02),
+                    (error_with(retry_after="soon", headers={"retry-after": "100"}), 100),
+                    # What cannot be read, or is over, counts as none.
+                    (error_with(retry_after=date_in(-100)), None), (error_with(headers={"Retry-After": "-1"}), None),
+                    (error_with(headers={"Retry-After": "Fri, 99 Nope"}), None), (error_with(headers=7), None),
+                    (error_with(headers={"Retry-After": None}), None), (error_with(response=Falsy()), None)):
+                with self.subTest(vars(error)):
+                    self.assertEqual(concurry._wait_asked_for(error), expected)
 
     def test_cut_short(self):
         errors = self.errors(3)
@@ -2046,7 +2084,8 @@ class RetryLoopTests(CleanTestCase):
         def leave(exception):
             raise SystemExit(3)
         self.assertEqual(self.play(retries_of(num_retries=1), [Rude(), Rude()])[2], 2)
-        for options, error in (({}, Asked()), ({"retry_on": leave}, KeyError()), ({"retry_on": lambda e: NoTruth()}, KeyError())):
+        self.assertEqual(self.play(retries_of(num_retries=1), [Asked(), "fine"])[1:], ([1.0], 2))     # an answer that cannot be read
+        for options, error in (({"retry_on": leave}, KeyError()), ({"retry_on": lambda e: NoTruth()}, KeyError())):
             with self.assertLogs("concurry", "ERROR"):
                 end, _, made = self.play(retries_of(num_retries=1, **options), [error, "fine"])
             self.assertEqual((end, made), (("error", error), 1))
@@ -5451,30 +5490,26 @@ class OwnWaitTests(CleanTestCase):
             else:
                 self.assertRaisesRegex(RuntimeError, "would be for ever", call.result, SAFETY)
 
-    def test_of_a_limit(self):
-        limits = LimitSet([ResourceLimit("slots", 3), CallLimit(100, "minute")])
-        with limits.acquire({"slots": 2}):
-            with limits.acquire():
-                with self.assertRaisesRegex(RuntimeError, "for 1 of 'slots' would be for ever: this thread itself holds 3 of 3"):
-                    limits.acquire()
-                self.assertRaises(TimeoutError, limits.acquire, timeout=0.001)
-                self.assertFalse(limits.try_acquire().successful)
-            self.assertRaisesRegex(RuntimeError, "for 2 of 'slots'", limits.acquire, {"slots": 2})
-        # Held by another thread, or handed on without `with`: it is waited for.
-        held = limits.acquire({"slots": 3})
-        waiting = in_thread(lambda: limits.acquire())
-        until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
-        held.release()
-        waiting.result(SAFETY).release()
-        self.assertEqual(limits.get_stats()["slots"]["in_use"], 0)
-
     def test_what_others_give_back_is_waited_for(self):
-        """A block that somebody else may close: that of an ExitStack."""
+        """A block that somebody else closes, though it is around this very code: an ExitStack's, a wrapper's."""
         limits, stack = LimitSet([ResourceLimit("slots", 1)]), contextlib.ExitStack()
-        stack.enter_context(limits.acquire())
-        closing = in_thread(lambda: until(lambda: limits.get_stats()["slots"]["waiting"] == 1) or stack.close())
-        with limits.acquire():
-            closing.result(SAFETY)
+
+        class Wrapper:
+            def __enter__(self):
+                self.acquired = limits.acquire()
+                self.acquired.__enter__()
+                return self
+
+            def __exit__(self, *exc_info):
+                self.acquired.release()
+        for around in (stack, Wrapper()):
+            with self.subTest(around=around), around as entered:
+                if around is stack:
+                    stack.enter_context(limits.acquire())
+                close = stack.close if around is stack else entered.acquired.release
+                closing = in_thread(lambda: until(lambda: limits.get_stats()["slots"]["waiting"] == 1) or close())
+                with limits.acquire():
+                    closing.result(SAFETY)
 
     def test_a_call_that_may_end_without_a_worker(self):
         pool, dependency = self.start(TaskWorker, mode="thread"), BaseFuture()
