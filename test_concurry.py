@@ -708,6 +708,18 @@ class FutureTests(CleanTestCase):
             for again in (lambda: settle.set_result(1), lambda: settle.set_exception(ValueError())):
                 self.assertRaises(concurrent.futures.InvalidStateError, again)
 
+    def test_it_is_begun_once(self):
+        future = BaseFuture()
+        self.assertTrue(future.set_running_or_notify_cancel())
+        self.assertRaises(concurrent.futures.InvalidStateError, future.set_running_or_notify_cancel)
+        future.set_result(1)
+        self.assertRaises(concurrent.futures.InvalidStateError, future.set_running_or_notify_cancel)
+
+    def test_no_exception_is_the_result_none(self):
+        future = BaseFuture()
+        future.set_exception(None)
+        self.assertEqual((future.result(0), future.exception(0)), (None, None))
+
     def test_one_settler_of_many_wins(self):
         for _ in range(100):
             future, barrier, winners = BaseFuture(), threading.Barrier(3), []
@@ -781,6 +793,14 @@ class FutureTests(CleanTestCase):
             self.assertEqual((len(log.output), seen), (1, [future]))
             self.assertIn("bad callback", log.output[0])
 
+    def test_callbacks_are_removed(self):
+        future, mine, others = BaseFuture(), [], []
+        for callback in (mine.append, others.append, mine.append):
+            future.add_done_callback(callback)
+        self.assertEqual([future.remove_done_callback(mine.append) for _ in range(2)], [2, 0])
+        future.set_result(1)
+        self.assertEqual((mine, others, future.remove_done_callback(others.append)), ([], [future], 0))
+
     def test_an_exception_makes_no_cycle(self):
         class Tracked(Exception):
             pass
@@ -817,6 +837,34 @@ class FutureTests(CleanTestCase):
         second = next(finished)
         futures[1].set_result(1)
         self.assertEqual([first, second, *finished], [futures[2], futures[0], futures[1]])
+
+    def test_asyncios_wait_takes_ours(self):
+        async def main(when, settle):
+            futures = [BaseFuture() for _ in settle] + [BaseFuture()] * (when != asyncio.ALL_COMPLETED)
+            waiting = asyncio.ensure_future(asyncio.wait(futures, timeout=SAFETY, return_when=when))
+            await asyncio.sleep(0)
+            in_thread(lambda: [end(future) for end, future in zip(settle, futures)])
+            self.assertEqual(await waiting, (set(futures[:len(settle)]), set(futures[len(settle):])))
+        ends = [lambda f: f.set_result(1), lambda f: f.cancel(), lambda f: f.set_exception(KeyError())]
+        for when, settle in ((asyncio.ALL_COMPLETED, ends), (asyncio.FIRST_EXCEPTION, ends[2:]),
+                             *((asyncio.FIRST_COMPLETED, [end]) for end in ends)):
+            with self.subTest(when=when):
+                asyncio.run(main(when, settle))
+
+    def test_asyncios_wait_leaves_no_callback_behind(self):
+        future, seen = BaseFuture(), []
+
+        async def main():
+            future.add_done_callback(seen.append)
+            self.assertEqual(await asyncio.wait([future, done_future()], timeout=0), (unittest.mock.ANY, {future}))
+            waiting = asyncio.ensure_future(asyncio.wait([future]))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        asyncio.run(main())
+        self.assertEqual(future.__dict__["_callbacks"], [seen.append])
+        future.set_result(1)
+        self.assertEqual(seen, [future])
 
     def test_the_standard_wait_is_woken_by_each_kind_of_end(self):
         for end in (lambda f: f.set_result(1), lambda f: f.set_exception(KeyError()), lambda f: f.cancel()):
@@ -3271,8 +3319,10 @@ class CallTests:
 
         async def main():
             worker = self.make(Counter)
-            return await worker.add(1), await asyncio.wrap_future(worker.add(1)), await worker.add_async(1)
-        self.assertEqual(asyncio.run(main()), (1, 2, 3))
+            self.assertEqual([await worker.add(1), await asyncio.wrap_future(worker.add(1)), await worker.add_async(1)], [1, 2, 3])
+            future = worker.add(1)
+            self.assertEqual(await asyncio.wait([future], timeout=SAFETY), ({future}, set()))
+        asyncio.run(main())
 
     def test_errors_keep_type_and_place(self):
         worker = self.make(Counter)
