@@ -3352,6 +3352,28 @@ class CallTests:
         self.assertEqual(worker.add_async().result(SAFETY), 1)
         self.assertEqual(worker.add().result(SAFETY), 2)
 
+    def test_an_awaited_stop_iteration_is_raised_by_a_runtime_error(self):
+        """As itself it would be the end of the coroutine that awaits, with a result."""
+        ways = {"await": lambda call: call, "gather": asyncio.gather, "async_gather": async_gather, "shield": asyncio.shield,
+                "wait_for": lambda call: asyncio.wait_for(call, SAFETY),
+                "as_completed": lambda call: next(iter(asyncio.as_completed([call])))}
+        go = self.flag()
+        if self.mode == "sync":             # it has raised before anybody awaits it
+            go.set()
+
+        async def main():
+            call = self.make(FailsWhenTold).run(self.flag(), go, StopIteration(5))
+            waiting = [asyncio.ensure_future(way(call)) for way in ways.values()]
+            for _ in range(3):              # until the tasks of tasks wait
+                await asyncio.sleep(0)
+            go.set()
+            await asyncio.wait(waiting, timeout=SAFETY)
+            for name, task in zip(ways, waiting):
+                with self.subTest(name):
+                    self.assertIsInstance(task.exception(), RuntimeError)
+                    self.assertEqual(repr(task.exception().__cause__), "StopIteration(5)")
+        asyncio.run(main())
+
     def test_blocking(self):
         worker = self.make(Counter, blocking=True)
         self.assertEqual((worker.add(2), worker.add_async(2), worker.blocking), (2, 4, True))
@@ -5688,10 +5710,10 @@ over_modes(globals(), [CallTimeoutTests], ["thread", "process", "asyncio"])
 
 
 class FailsWhenTold(Worker):
-    def run(self, started, go):
+    def run(self, started, go, error=None):
         started.set()
         go.wait()
-        raise KeyError("told")
+        raise error or KeyError("told")
 
 
 class CallTimeoutPoolTests(CallTimeoutTests):
