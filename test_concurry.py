@@ -1580,9 +1580,10 @@ class TrackedTests(BarTestCase):
                     future.set_result(None)
                 waiting.result(SAFETY)
                 self.assertEqual(calls[-1], (3, 3, True))
-                stream = self.stream()
-                way(futures, progress=True)
-                self.assertRegex(stream.text, r"^100% 3/3 .* success\n$")
+                for shown in (True, {}):
+                    stream = self.stream()
+                    way(futures, progress=shown)
+                    self.assertRegex(stream.text, r"^100% 3/3 .* success\n$", shown)
                 stream = self.stream()
                 way(futures, progress={"desc": "mine", "total": 6, "unit": "calls"})
                 self.assertRegex(stream.text, r"^mine:  50% 3/6 .*calls/s\] stopped\n$")
@@ -1689,6 +1690,35 @@ class AsyncWaitTests(CleanTestCase):
                 await waiting
             self.assertFalse(future.done())
         asyncio.run(main())
+
+    def test_coroutines_end_with_the_gather_that_made_tasks_of_them(self):
+        """When it is cancelled, or its iterator closed; the futures that it was given go on."""
+        async def cancelled(begun, things):
+            waiting = asyncio.ensure_future(async_gather(things))
+            await begun.wait()
+            waiting.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await waiting
+
+        async def closed(begun, things):
+            pairs = async_gather(things, iter=True)
+            self.assertEqual(await pairs.__anext__(), (0, True))
+            await pairs.aclose()
+
+        async def main(end):
+            begun, tasks, ours, theirs = asyncio.Event(), [], BaseFuture(), asyncio.Future()
+
+            async def stay():
+                tasks.append(asyncio.current_task())
+                begun.set()
+                await asyncio.Event().wait()
+            await end(begun, [begun.wait(), stay(), ours, theirs])
+            self.assertEqual(tasks[0].cancelling(), 1)
+            await asyncio.wait(tasks)
+            self.assertFalse(ours.done() or theirs.done())
+        for end in (cancelled, closed):
+            with self.subTest(end.__name__):
+                asyncio.run(main(end))
 
 
 # === Futures inside containers ===
