@@ -3279,6 +3279,22 @@ class Looped(Worker):
         return await handle.plain(), handle.plain().result(SAFETY)
 
 
+def whereabouts():
+    return threading.get_ident(), asyncio._get_running_loop() is not None
+
+
+class PlainIdent:
+    def ident(self):
+        return whereabouts()
+
+
+class Overriding(PlainIdent, Looped):
+    """A plain method in the place of a coroutine method, and the other way round."""
+
+    async def plain(self):
+        return whereabouts()
+
+
 class Limited(Worker):
     def __init__(self):
         with self.limits.acquire():
@@ -3678,6 +3694,11 @@ class AsyncioTests(CleanTestCase):
         loops = self.worker.ident().result(SAFETY)
         go.set()
         self.assertNotEqual(beside.result(SAFETY), loops)
+
+    def test_methods_that_override_those_of_the_other_kind(self):
+        worker = self.start(Overriding, mode="asyncio")
+        (beside, has_loop), (loops, is_loops) = worker.ident().result(SAFETY), worker.plain().result(SAFETY)
+        self.assertEqual((has_loop, is_loops, beside == loops), (False, True, False))
 
     def test_a_coroutine_asks_its_own_worker(self):
         self.assertEqual(self.worker.ask(self.worker).result(SAFETY), ("plain", "plain"))
@@ -5568,6 +5589,7 @@ class OwnWaitTests(CleanTestCase):
         pool = self.start(TaskWorker, mode="thread", max_queued_tasks=2)
         for wait in (lambda: pool.submit(int).result(), lambda: pool.submit(int).exception(),
                      lambda: concurry.wait([done_future(), pool.submit(int)]), lambda: gather(pool.submit(int), 1),
+                     lambda: concurry.wait([pool.submit(int)], return_when="all-completed"),
                      lambda: list(pool.map(abs, range(9)))):
             with self.assertRaisesRegex(RuntimeError, r"call of TaskWorker.(submit\(\w+\)|abs) would be for ever"):
                 pool.submit(wait).result(SAFETY)
