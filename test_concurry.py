@@ -7648,6 +7648,42 @@ class RetryTests:
 over_modes(globals(), [RetryTests])
 
 
+class ContendedLock:
+    """An RLock that tells when somebody has to wait for it."""
+
+    def __init__(self):
+        self.lock, self.is_waited_for = threading.RLock(), threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.is_waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *exc_info):
+        self.lock.release()
+
+
+class RetryRaceTests(CleanTestCase):
+    def test_workers_built_side_by_side_retry_inner_calls(self):
+        class Fresh(Flaky):
+            """Of which there was no worker yet."""
+        wraps, lock, others = functools.wraps, ContendedLock(), []
+
+        def build():
+            return self.start(Fresh, mode="thread", num_retries={"fail": 2}, retry_wait=0)
+
+        def wraps_while_another_is_built(fn):
+            if not others:
+                others.append(in_thread(build))
+                others[0].add_done_callback(lambda _: lock.is_waited_for.set())
+                lock.is_waited_for.wait(SAFETY)     # it is built, or waits for us
+            return wraps(fn)
+        with unittest.mock.patch("functools.wraps", wraps_while_another_is_built), \
+                unittest.mock.patch.object(concurry, "_naming", lock):
+            workers = [build(), others[0].result(SAFETY)]
+        self.assertEqual([worker.outer(2).result(SAFETY) for worker in workers], [3, 3])
+
+
 class RetryWaitTests(CleanTestCase):
     """What is done while a call waits for its next attempt."""
 
