@@ -2736,6 +2736,18 @@ class LimitSetTests(LimitCase):
             with self.assertRaisesRegex(UserWarning, "no limit 'other'"):
                 limits.acquire({"other": 5})
 
+    def test_the_warning_is_of_the_line_that_names_an_unknown_key(self):
+        for way in (lambda limits: limits.acquire({"x": 1}),
+                    lambda limits: limits.try_acquire({"x": 1}),
+                    lambda limits: limits.async_acquire({"x": 1}),
+                    lambda limits: limits.acquire().update({"x": 1})):
+            for limits in (self.limits(ResourceLimit("c", 5)), LimitPool([self.limits(ResourceLimit("c", 5))])):
+                line = way.__code__.co_firstlineno
+                with self.subTest(limits=limits, line=line):
+                    with self.assertWarnsRegex(UserWarning, "no limit 'x'") as caught:
+                        way(limits)
+                    self.assertEqual((caught.filename, caught.lineno), (__file__, line))
+
     def test_update_gives_back_and_charges(self):
         for algorithm in RateLimitAlgorithm:
             with self.subTest(algorithm):
