@@ -784,13 +784,11 @@ class BaseFuture(concurrent.futures.Future[T]):
     def add_done_callback(self, fn: Callable[[BaseFuture[T]], object]) -> None:
         """Call `fn(future)` when the call has ended, in the thread that ends it, or now if it has.
 
-        What it raises is logged, and ignored. A callback of asyncio's own, such as that of `asyncio.wait`, is called
-        on the event loop that runs in this thread.
+        What it raises is logged, and ignored. That of `asyncio.wait` is called on its event loop.
         """
-        asyncio = sys.modules.get("asyncio")
-        loop = asyncio and asyncio._get_running_loop()
-        if loop and str(getattr(fn, "__module__", "")).partition(".")[0] == "asyncio":
-            fn = _OnLoop(loop, fn)
+        if getattr(fn, "__module__", None) == "asyncio.tasks":
+            import asyncio
+            fn = _OnLoop(asyncio.get_running_loop(), fn)
         _attend(self, "_callbacks", fn)
 
     def remove_done_callback(self, fn: Callable[[BaseFuture[T]], object]) -> int:
@@ -854,11 +852,11 @@ class BaseFuture(concurrent.futures.Future[T]):
 
     def set_running_or_notify_cancel(self) -> bool:
         """Mark the call as begun; return False if it was cancelled. InvalidStateError if it has begun or ended."""
-        if self._begin():
-            return True
-        if not self.cancelled():
+        if self.cancelled():
+            return False
+        if self.done() or not self._begin():
             raise concurrent.futures.InvalidStateError(f"this future was begun before: {self!r}")
-        return False
+        return True
 
     def set_result(self, result: T) -> None:
         """Settle the future with a result; InvalidStateError if it has an outcome."""
@@ -1977,13 +1975,16 @@ def _finished(steps: Iterable[Any], timeout: float | None, deadline: float | Non
             yield step
 
 
-async def _finished_async(steps: Iterable[Any], timeout: float | None,
+async def _finished_async(steps: Generator[Any, None, Any], timeout: float | None,
                           deadline: float | None) -> AsyncIterator[Any]:
-    for step in steps:
-        if isinstance(step, _Watch):
-            await step.sleep_async(_left_of(timeout, deadline))
-        else:
-            yield step
+    try:
+        for step in steps:
+            if isinstance(step, _Watch):
+                await step.sleep_async(_left_of(timeout, deadline))
+            else:
+                yield step
+    finally:
+        steps.close()
 
 
 @_overload
@@ -2177,12 +2178,14 @@ def async_gather(*fs: Any, return_exceptions: bool = False, iter: bool = False, 
     steps = _tracking(gathering.pairs() if iter else gathering.collect(timeout), progress, gathering.futures)
     if tasks:
         steps = _cancelling(steps, tasks)
+        next(steps)
     return _finished_async(steps, timeout, _deadline(timeout)) if iter else _run_async(steps, timeout)
 
 
 def _cancelling(steps: Generator[Any, None, Any], tasks: Iterable[asyncio.Task[Any]]) -> Generator[Any, None, Any]:
-    """Return the steps of waiting; if they are closed before their end, the tasks are cancelled."""
+    """Yield once, then the steps of waiting; if they are closed before their end, the tasks are cancelled."""
     try:
+        yield
         return (yield from steps)
     except GeneratorExit:
         for task in tasks:
@@ -2313,8 +2316,8 @@ class RetryConfig:             # noqa: PLW1641
     num_retries: further attempts after the first.
     retry_on: what is tried again: exception classes, or callables, one or a list. A callable gets the exception
         first, and by name what it accepts of `attempt`, `elapsed_time` (seconds), `method_name`, `worker_class` (its
-        name), `args`, `kwargs`. It returns whether, or a number: after how many seconds at least (0: at once). All callables are
-        asked until one returns a number, also beside a class that matches.
+        name), `args`, `kwargs`. It returns whether, or a number: after how many seconds at least (0: at once). All
+        callables are asked until one returns a number, also beside a class that matches.
     retry_algorithm: how the wait grows with the attempts k = 1, 2, ...: "exponential" retry_wait * 2**(k-1), "linear"
         retry_wait * k, "fibonacci" retry_wait * (1, 1, 2, 3, 5, ...), "fixed" retry_wait.
     retry_wait: seconds.
@@ -4692,6 +4695,12 @@ class _Backend:
         return False
 
 
+def _patched_by() -> str | None:
+    """Return what has replaced this program's threads, "gevent" or "eventlet"; None if they are threads."""
+    name = str(getattr(threading._start_new_thread, "__module__", "")).partition(".")[0]    # type: ignore[attr-defined]
+    return name if name in ("gevent", "eventlet") else None
+
+
 def _show_name(name: str) -> None:
     """Have this thread carry the name of its worker: in logs, and in what `top` shows (Linux; 15 bytes)."""
     threading.current_thread().name = name
@@ -4964,6 +4973,9 @@ class _AsyncioBackend(_Backend):
     """
 
     def start(self) -> None:
+        if _patched_by():
+            raise RuntimeError(f"mode 'asyncio' needs threads, and {_patched_by()} has replaced them in this program: "
+                               f"choose mode 'thread' or 'process'")
         self.inbox: collections.deque[_Call | None] = collections.deque()       # for the loop
         import asyncio
         self.is_over = False                    # the loop is stopped for good
@@ -6368,11 +6380,11 @@ else:
 
 def _readable(*descriptors: int, timeout: float | None = None) -> set[int]:
     """Wait until some of the descriptors can be read or are hung up; return those."""
-    import select
-    poller = select.poll()
-    for descriptor in descriptors:
-        poller.register(descriptor, select.POLLIN)
-    return {ready for ready, _ in poller.poll(timeout and timeout * 1000)}
+    import selectors
+    with selectors.DefaultSelector() as selector:
+        for descriptor in descriptors:
+            selector.register(descriptor, selectors.EVENT_READ)
+        return {key.fd for key, _ in selector.select(timeout)}
 
 
 # --- What a forked child of the user must not keep
@@ -6389,9 +6401,21 @@ def _own(resource: T) -> T:
     return resource
 
 
+def _blocking(connection: Any) -> Any:
+    """Return a socket of ours that waits as long as needed, whatever `socket.setdefaulttimeout` or a patch has set."""
+    connection.setblocking(True)
+    return _own(connection)
+
+
 def _socket_pair() -> tuple[Any, ...]:
     import socket
-    return tuple(map(_own, socket.socketpair()))
+    return tuple(map(_blocking, socket.socketpair()))
+
+
+def _socket_at(descriptor: int) -> Any:
+    """Return the socket that this process was given as a descriptor."""
+    import socket
+    return _blocking(socket.socket(fileno=descriptor))
 
 
 def _disown_all() -> None:
@@ -6522,7 +6546,10 @@ def _launch_by_spawn(main: str, *descriptors: int) -> tuple[int, Callable[[int],
 
 
 def _launch_by_fork(main: str, *descriptors: int) -> tuple[int, Callable[[int], int]]:
-    for module in ("fcntl", "select", "signal", "socket", "traceback"):
+    if _patched_by() == "eventlet":
+        raise RuntimeError("mp_context='fork' is not possible in a program that eventlet has patched, whose other "
+                           "green threads would go on in the worker: choose 'forkserver' or 'spawn'")
+    for module in ("fcntl", "selectors", "signal", "socket", "traceback"):
         __import__(module)      # now: the child finds import locks as they are
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -6668,7 +6695,7 @@ def _serve_forks(control: Any, *parent: int) -> NoReturn:
     """Fork and reap workers as asked, until the parent is gone; then kill those left."""
     import gc
     import socket
-    control = _own(socket.socket(fileno=control))
+    control = _socket_at(control)
     # Closed in workers, which have their own.
     kept = [_own(open(pidfd, "rb", 0)) for pidfd in parent]     # noqa: F841
     children: set[int] = set()
@@ -6778,6 +6805,9 @@ def _reset_signals() -> None:
 
 def _forget_parent() -> None:
     """Drop, in a child of the fork method, what it has inherited beyond memory."""
+    if _patched_by() == "gevent":       # else the parent's greenlets would go on here
+        hub = sys.modules["gevent.hub"]
+        hub.set_hub(hub.Hub(default=False))
     atexit._clear()
     atexit.register(_close_server)
     _reset_signals()
@@ -6809,9 +6839,9 @@ def _run_worker(main: str, connection: int, link: int, *parent: int,
             prepare()
         for descriptor in (connection, link, *parent):
             os.set_inheritable(descriptor, False)
-        _watch_parent(_own(socket.socket(fileno=link)),
+        _watch_parent(_socket_at(link),
                      *(_own(open(pidfd, "rb", 0)) for pidfd in parent))
-        with _own(socket.socket(fileno=connection)) as worker_end:
+        with _socket_at(connection) as worker_end:
             globals()[main](worker_end)
         code = _exit_code
     except SystemExit:          # of a signal handler, between two calls
@@ -7085,7 +7115,7 @@ def _worker_main(connection: socket.socket) -> None:
         index, (lane, *_Passed.received), *_ = socket.recv_fds(connection, _INDEX.size, _Passed.MOST + 1)
         os.set_inheritable(lane, False)
         _worker_index, = _INDEX.unpack(index)
-        _upstream = _Upstream(connection, _own(socket.socket(fileno=lane)))
+        _upstream = _Upstream(connection, _socket_at(lane))
         if _dump_signal():
             import faulthandler
             faulthandler.register(_dump_signal(), lane)
@@ -7468,6 +7498,7 @@ class _Link:
         """Return how many bytes a dead worker has read."""
         taken, latest = self.taken
         count = taken + sum(latest)
+        self.far.setblocking(False)         # a socket of gevent's would wait whatever the flag says
         while True:
             try:
                 data = self.far.recv(1 << 20, socket.MSG_DONTWAIT)
