@@ -931,6 +931,25 @@ def _settle_unbegun(future: BaseFuture[Any], kind: str, value: Any) -> None:
     _settle(future, kind, value)
 
 
+def _fail_call(call: Any, error: BaseException) -> None:
+    """Fail a call because something of ours has raised while it was seen to, and log that; everybody else goes on."""
+    logger.error("an error of concurry's own, in the call %s: it fails", call, exc_info=error)
+    call.pool.calls.pop(call, None)
+    try:
+        _settle_unbegun(call.future, _ERROR, error)
+    except BaseException:           # in the same place as before: now without giving its place back
+        call.future.__dict__.pop("_call", None)
+        _settle_unbegun(call.future, _ERROR, error)
+
+
+def _guard(see_to: Callable[..., object], call: Any, *args: Any) -> None:
+    """See to one call; if that raises, this call fails."""
+    try:
+        see_to(call, *args)
+    except BaseException as error:
+        _fail_call(call, error)
+
+
 def _fail_dependent(future: BaseFuture[Any], kind: str, value: Any) -> None:
     """Settle a call whose dependency has failed: in a loop, for such chains may be long."""
     if _here.failing is not None:
@@ -3470,7 +3489,7 @@ class _Desk:
                 return self.stats()
             if self.is_busy and self._is_within():
                 raise RuntimeError(_INTERRUPTS)
-            now, waiting = self.clock(), collections.Counter(key for ticket in self.line for key in ticket.wants)
+            now, waiting = self.clock(), collections.Counter(key for ticket in list(self.line) for key in ticket.wants)
             return {key: {"capacity": state.capacity, "in_use": state.used(now), "available": state.room(now),
                           "waiting": waiting[key], "granted": state.granted}
                     for key, state in self.states.items()}
@@ -4125,7 +4144,6 @@ class _Call:
     steps: Any = None           # the retry loop of a plain method in asyncio mode, ...
     is_again = False            # ... which has put it in line once more
     is_unwanted = False         # it is to be ended wherever it runs
-    is_late = False             # it had to wait for futures among its arguments
     count = 1                   # how many calls of the user's it stands for
     alarm: list[Any] | None = None      # the timer of its `call_timeout`
     overran: float | None = None    # that it had, in seconds, and has exceeded
@@ -4519,10 +4537,13 @@ def _carry_out(runner: _Runner, call: _Call) -> bool:
     context = call.context              # None if it has been settled
     if context is None or not call.future._begin():
         return False
-    call.began = _now()
-    if call.pool.keeper is not None:
-        call.pool.keeper.watch(call)
-    _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
+    try:
+        call.began = _now()
+        if call.pool.keeper is not None:
+            call.pool.keeper.watch(call)
+        _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
+    except BaseException as error:
+        _fail_call(call, error)
     return True
 
 
@@ -4670,6 +4691,14 @@ class _Backend:
         """Return in words which worker this is."""
         return self.name
 
+    def state(self) -> str:
+        """Return in a word what it does if it runs no call."""
+        return "idle"
+
+    def endings(self) -> list[str]:
+        """Return lines about what is left of its predecessors."""
+        return []
+
     def stacks(self) -> Iterator[str]:
         """Yield texts that tell where its threads are."""
         yield from ()
@@ -4760,11 +4789,7 @@ def _start_error(error: BaseException, backend: _Backend) -> BaseException:
 
 
 class _SyncBackend(_Backend):
-    """Run each call at once, in the thread that makes it.
-
-    A call that had to wait for a dependency runs on a thread of its own when that is done: the
-    thread that settles the dependency has other things to do.
-    """
+    """Run each call at once, in the thread that makes it."""
 
     runs_inline = True
     has_time_limits = False
@@ -4776,9 +4801,6 @@ class _SyncBackend(_Backend):
         self._build()
 
     def submit(self, call: _Call) -> None:
-        if call.is_late:
-            threading.Thread(target=self._run, args=(call,), name=self.name, daemon=True).start()
-            return
         self._run(call)
         kind, value = call.future._outcome
         if kind is _ERROR and isinstance(value, (KeyboardInterrupt, SystemExit)):
@@ -4954,15 +4976,22 @@ class _OnDemandThreadBackend(_ThreadBackend):
         except BaseException as error:
             outcome: Any = (_ERROR, _start_error(_without_our_frame(error), self))
         else:
-            call.began = _now()
-            if self.pool.keeper is not None:
-                self.pool.keeper.watch(call)
-            outcome = context.run(runner.outcome, call, call.method, call.args, call.kwargs)
+            outcome = self._outcome(runner, call, context)
             if not keeps:
                 runner.close()
                 runner = None
-        _settle(call.future, *outcome)
+        _guard(lambda call: _settle(call.future, *outcome), call)
         return runner
+
+    def _outcome(self, runner: _Runner, call: _Call, context: contextvars.Context) -> tuple[str, Any]:
+        try:
+            call.began = _now()
+            if self.pool.keeper is not None:
+                self.pool.keeper.watch(call)
+            return context.run(runner.outcome, call, call.method, call.args, call.kwargs)
+        except BaseException as error:
+            logger.exception("an error of concurry's own, in the call %s: it fails", call)
+            return _ERROR, error
 
 
 class _AsyncioBackend(_Backend):
@@ -5113,24 +5142,27 @@ class _AsyncioBackend(_Backend):
 
     def _begin_calls(self) -> None:
         self.is_woken = False           # first: who comes now wakes us again
-        begun = []
+        begun: list[Any] = []
         while self.inbox:
             call = self.inbox.popleft()
             if call is None:
                 if not self.is_over:        # else the loop runs only to be closed
                     self._stop()
             else:
-                context = call.context
-                if context is not None and call.future._begin():
-                    call.began = _now()
-                    if self.pool.keeper is not None:
-                        self.pool.keeper.watch(call)
-                    # In the context of the submitter; the task copies it.
-                    call.task = context.run(self.loop.create_task, self._drive(
-                        call, self.runner.outcome_async, call.method, call.args, call.kwargs))
-                    begun.append((call, call.task))
+                _guard(self._begin_call, call, begun)
         if begun:
             self.loop.call_soon(self._look_after, begun)
+
+    def _begin_call(self, call: _Call, begun: list[Any]) -> None:
+        context = call.context
+        if context is not None and call.future._begin():
+            call.began = _now()
+            if self.pool.keeper is not None:
+                self.pool.keeper.watch(call)
+            # In the context of the submitter; the task copies it.
+            call.task = context.run(self.loop.create_task, self._drive(
+                call, self.runner.outcome_async, call.method, call.args, call.kwargs))
+            begun.append((call, call.task))
 
     def _start(self, call: _Call, context: contextvars.Context, run: Callable[..., Awaitable[tuple[str, Any]]],
                *args: Any) -> None:
@@ -5144,7 +5176,7 @@ class _AsyncioBackend(_Backend):
         """
         for call, task in begun:
             if task.cancelled():
-                _settle(call.future, _CANCELLED, None)
+                _guard(lambda call: _settle(call.future, _CANCELLED, None), call)
 
     async def _drive(self, call: _Call, run: Callable[..., Awaitable[tuple[str, Any]]], *args: Any) -> None:
         _calling.set(call)
@@ -5156,7 +5188,7 @@ class _AsyncioBackend(_Backend):
             import asyncio
             outcome = (_CANCELLED, None) if isinstance(error, asyncio.CancelledError) else (_ERROR, error)
         call.task = None
-        _settle(call.future, *outcome)
+        _guard(lambda call: _settle(call.future, *outcome), call)
 
     def _main(self) -> None:
         import asyncio
@@ -5223,7 +5255,7 @@ class _AsyncioBackend(_Backend):
                 if call is None:
                     self._stop_loop()
                     break
-                self._serve(call)
+                _guard(self._serve, call)
                 call = None
             self.given_up.discard(me)
 
@@ -5256,7 +5288,7 @@ class _AsyncioBackend(_Backend):
         if isinstance(outcome[1], types.CoroutineType):
             once = functools.partial(self.runner._once_async, call.method, call.args, call.kwargs)
             self.loop.call_soon_threadsafe(
-                self._start, call, context, self.runner.go_on, call.steps, outcome[1], once)
+                _guard, self._start, call, context, self.runner.go_on, call.steps, outcome[1], once)
         elif call.steps is None:
             _settle(call.future, *outcome)
         else:
@@ -5280,7 +5312,7 @@ class _AsyncioBackend(_Backend):
             self.plain.put(call)
             return
         try:
-            self.loop.call_soon_threadsafe(self._start_wait, call, context, step)
+            self.loop.call_soon_threadsafe(_guard, self._start_wait, call, context, step)
         except RuntimeError:            # it is closed: the worker is stopped
             self._step(call, context, True)
 
@@ -5291,7 +5323,7 @@ class _AsyncioBackend(_Backend):
 
         async def wait() -> None:
             is_cut = await self.halt.pause_async(seconds)
-            self._step(call, context, is_cut)
+            _guard(self._step, call, context, is_cut)
         self.waits.add(task := self.loop.create_task(wait()))
         task.add_done_callback(self.waits.discard)
 
@@ -5335,7 +5367,7 @@ class _OnDemand:
         if self.is_spent or self.pool.closed is not None:
             self._leave(total)
         else:
-            self.reader.later(self.pool.options.on_demand_linger, lambda: self._leave(total))
+            self.reader.later(self.pool.options.on_demand_linger, functools.partial(self._leave, total))
 
     def _leave(self, total: int) -> None:
         if total == self.total and not self.is_finishing:
@@ -6308,12 +6340,12 @@ def _is_same(back: Any, error: BaseException, data: bytes) -> bool:
 
 _FILE = os.path.abspath(globals().get("__file__", ""))   # now: the directory may change
 _START_TIMEOUT = 60.0        # seconds for an answer of the fork server, which may be swapped out
-_END_TIMEOUT = 5.0           # seconds for the fork server to go before it is killed
+_END_TIMEOUT = 5.0           # seconds for the fork server, and for a worker's exit functions, before they are killed
 
 # What workers need, imported once in the fork server: their memory is shared, and each
 # starts without it. What is missing here costs time, not correctness.
-_PRELOAD = ("collections.abc fcntl gc importlib.machinery marshal pickle select selectors signal "
-           "socket struct traceback")
+_PRELOAD = ("collections.abc fcntl gc importlib.machinery marshal multiprocessing.resource_tracker pickle select "
+           "selectors signal socket struct traceback")
 
 # A bare interpreter finds this very file: by its path, so that neither the packages around it
 # nor the user's main module run; by sys.path and name where there is no such path (in a zip).
@@ -6362,7 +6394,7 @@ else:
 
 if sys.platform == "linux":
     def _kill_on_hangup(descriptor: int) -> None:
-        """Have the kernel kill this process when the other end of a socket is closed.
+        """Have the kernel kill the group that this process leads when the other end of a socket is closed.
 
         The only way that works while C code holds the GIL. The setting belongs to the open
         file, not to the descriptor: each worker needs a socket of its own.
@@ -6370,7 +6402,7 @@ if sys.platform == "linux":
         import fcntl
         import signal
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(descriptor, getattr(fcntl, "F_SETSIG", 10), signal.SIGKILL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
 else:
@@ -6453,7 +6485,7 @@ class _Process:
         if not self._is_reaped and self.sentinel is not None:
             try:
                 _send_signal(self, number)
-            except ProcessLookupError:
+            except (ProcessLookupError, OSError, TypeError):     # it is gone; or closed since, by another thread
                 pass
 
     def halt(self) -> None:
@@ -6474,12 +6506,14 @@ class _Process:
     def exitcode(self) -> int | None:
         """Return the exit status, or minus the signal's number, or None when unknown.
 
-        To be called when the sentinel has fired: a process that still runs is killed. It is
-        reaped; unknown means that the user's own os.wait has done so, or the server is gone.
+        To be called when the sentinel has fired: a process that still runs is killed, and so are the programs of its
+        group: before it is reaped, for until then the group's number is its own. Unknown means that the user's own
+        os.wait has reaped it, or the server is gone.
         """
         with self._lock:
             if not self._is_reaped:
                 self.kill()
+                _kill_group(self.pid)
                 try:
                     self._exitcode = os.waitstatus_to_exitcode(self._reap(self.pid))
                 except OSError:
@@ -6497,6 +6531,14 @@ class _Process:
 
 def _reap_child(pid: int) -> int:
     return os.waitpid(pid, 0)[1]
+
+
+def _kill_group(pid: int) -> None:
+    """Kill the process group that a worker leads: the programs that its calls have started."""
+    try:
+        os.killpg(pid, 9)
+    except OSError:             # there is none: the worker has not come so far, or is the fork server
+        pass
 
 
 # --- Three ways to make the process
@@ -6549,7 +6591,7 @@ def _launch_by_fork(main: str, *descriptors: int) -> tuple[int, Callable[[int], 
     if _patched_by() == "eventlet":
         raise RuntimeError("mp_context='fork' is not possible in a program that eventlet has patched, whose other "
                            "green threads would go on in the worker: choose 'forkserver' or 'spawn'")
-    for module in ("fcntl", "selectors", "signal", "socket", "traceback"):
+    for module in ("fcntl", "multiprocessing.process", "selectors", "signal", "socket", "traceback"):
         __import__(module)      # now: the child finds import locks as they are
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -6576,6 +6618,22 @@ def _unsignalled(function: Callable[..., T], *arguments: Any) -> T:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def _interpreter() -> str:
+    """Return the path of the Python that worker processes run on; RuntimeError where this program has none.
+
+    The program's own file would do no better: it would start itself again and again.
+    """
+    if getattr(sys, "frozen", False):
+        reason = "this program is frozen (sys.frozen)"
+    else:
+        name = os.path.basename(os.path.realpath(sys.executable or "")).lower()
+        if ("python" in name or "pypy" in name) and os.access(sys.executable, os.X_OK):
+            return sys.executable
+        reason = f"sys.executable is {sys.executable!r}"
+    raise RuntimeError(f"worker processes are started by a Python interpreter, and there is none: {reason}; choose "
+                       f"mp_context='fork', which needs none")
+
+
 def _start_interpreter(function: str, descriptors: Sequence[int], *arguments: str) -> int:
     """Execute a bare interpreter that calls a function of this module; return its pid."""
     import subprocess
@@ -6584,7 +6642,7 @@ def _start_interpreter(function: str, descriptors: Sequence[int], *arguments: st
         code, where = _BOOT_FILE, _FILE
     else:
         code, where = _BOOT_NAME, "\n".join(filter(None, sys.path))
-    command = [sys.executable or "", *subprocess._args_from_interpreter_flags(),    # type: ignore[attr-defined]
+    command = [_interpreter(), *subprocess._args_from_interpreter_flags(),      # type: ignore[attr-defined]
                "-c", code, name, where, function, *arguments, *map(str, descriptors)]
     popen = _unsignalled(functools.partial(
         subprocess.Popen, command, stdin=subprocess.DEVNULL, pass_fds=descriptors))
@@ -6714,6 +6772,7 @@ def _serve_forks(control: Any, *parent: int) -> NoReturn:
         # while some child that the user forked keeps the link open.
         for pid in children:
             os.kill(pid, 9)
+            _kill_group(pid)
         os._exit(0)
 
 
@@ -6747,12 +6806,15 @@ def _fork_or_reap(request: str | Literal[False], children: set[int], answer: Any
 def _begin_interpreter(function: str, arguments: Iterable[str]) -> None:
     """Begin a bare interpreter's life: the first thing that it calls in this module."""
     for module in _PRELOAD.split():
-        __import__(module)
+        try:
+            __import__(module)
+        except ImportError:         # of multiprocessing's, in a Python without semaphores
+            pass
     _fill_standard_streams()
     parent_name = __name__.rpartition(".")[0]
     if parent_name and parent_name not in sys.modules:
         sys.meta_path.insert(0, _LoadedModule(sys.modules.pop(__name__)))
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
     sys.argv[:] = [""]
     _reset_signals()
     globals()[function](*(int(word) if word.isdigit() else word for word in arguments))
@@ -6803,6 +6865,30 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
+def _know_oneself(name: str) -> None:
+    """Have multiprocessing know this process by the name of its worker: log records and many tools look there."""
+    from multiprocessing import process
+    process.current_process().name = name
+
+
+def _know_parent(name: str, pid: int, authkey: bytes, tracker: int | None) -> None:
+    """Have multiprocessing know the parent, have its key and its resource tracker.
+
+    A tracker of the worker's own would unlink, at the worker's end, shared memory that others still use.
+    """
+    from multiprocessing import process
+    parent: Any = process._ParentProcess(name, pid, _lifeline)       # type: ignore[attr-defined]
+    process._parent_process = parent        # type: ignore[attr-defined]
+    process.current_process().authkey = authkey
+    if tracker is not None:
+        from multiprocessing import resource_tracker
+        os.set_inheritable(tracker, False)
+        resource_tracker._resource_tracker._fd = tracker        # type: ignore[attr-defined]
+
+
+_lifeline = -1                  # in a worker: a descriptor that can be read when the parent is dead
+
+
 def _forget_parent() -> None:
     """Drop, in a child of the fork method, what it has inherited beyond memory."""
     if _patched_by() == "gevent":       # else the parent's greenlets would go on here
@@ -6831,14 +6917,16 @@ def _forget_multiprocessing(util: Any) -> None:
 def _run_worker(main: str, connection: int, link: int, *parent: int,
                 prepare: Callable[[], object] | None = None) -> NoReturn:
     """Run a worker's whole life in this process, and end the process."""
-    import socket
     import traceback
+    global _lifeline
     code = 1
     try:
+        os.setpgid(0, 0)        # with whatever its calls start it is ended as a group
         if prepare:
             prepare()
         for descriptor in (connection, link, *parent):
             os.set_inheritable(descriptor, False)
+        _lifeline = (*parent, link)[0]
         _watch_parent(_socket_at(link),
                      *(_own(open(pidfd, "rb", 0)) for pidfd in parent))
         with _socket_at(connection) as worker_end:
@@ -6853,8 +6941,12 @@ def _run_worker(main: str, connection: int, link: int, *parent: int,
 
 
 def _end_process(code: int) -> NoReturn:
-    """End the process: exit functions and output, but no waiting for the user's threads."""
+    """End the process: exit functions, for some seconds at most, and output; no waiting for the user's threads."""
     finish: Any
+    try:
+        threading.Thread(target=_end_late, args=(code,), name="end of the process", daemon=True).start()
+    except RuntimeError:        # no more threads: the parent looks to the time, too
+        pass
     for finish in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
         try:
             finish()
@@ -6863,8 +6955,13 @@ def _end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _end_late(code: int) -> None:
+    time.sleep(_END_TIMEOUT)
+    os._exit(code)
+
+
 def _watch_parent(*resources: Any) -> None:
-    """Kill this process when the parent dies, or has died already."""
+    """Kill this process, and its group, when the parent dies, or has died already."""
     _kill_on_hangup(resources[0].fileno())
     threading.Thread(target=_follow_parent, args=resources, name="parent watcher", daemon=True).start()
 
@@ -6873,7 +6970,7 @@ def _follow_parent(*resources: Any) -> None:
     try:
         _readable(*(resource.fileno() for resource in resources))
     finally:
-        os.kill(os.getpid(), 9)
+        os.killpg(os.getpid(), 9)
 
 
 # === The wire ===
@@ -6892,18 +6989,18 @@ def _load_wire() -> None:
 
 
 # Kind, number of buffers, bytes of pickle; of an answer the microseconds it took, of a call the number of its function.
-_HEADER = struct.Struct("<BxHIQ")
+_HEADER = struct.Struct("<B3xIIQ")
 _MOST = 1 << 48         # bytes: whoever says there are more is mistaken
 _TRUSTED = 1 << 26      # bytes: memory is taken for so many before they have come
 _SIZE = struct.Struct("<Q")             # of a buffer, times two, plus one if it is read-only
-_INDEX = struct.Struct("<I")            # of the worker in its pool: what it receives first
+_INDEX = struct.Struct("<I?")           # of the worker in its pool, and whether a tracker comes along: received first
 
 # Kinds of message: to the worker ...
 _PLACE, _RECIPE, _SHARED, _FORGET, _VALUES, _CALL = range(6)
 # ... from it, ...
-_BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETRIED, _RETIRED, _RETURNED, _RAISED, _NOT_LOADED = range(6, 15)
+_BUILT, _NOT_BUILT, _TICKET, _PROGRESS, _RETRIED, _RETIRED, _ENDING, _RETURNED, _RAISED, _NOT_LOADED = range(6, 16)
 # ... and to it on its second socket.
-_VERDICT = 15
+_VERDICT = 16
 
 
 def _message(kind: int, portable: tuple[bytes, Sequence[memoryview]], number: int = 0) -> list[bytes | memoryview]:
@@ -7028,6 +7125,8 @@ class _Inbox:
 _QUICK = 500            # microseconds: workers whose calls take less get calls sent ahead ...
 _AHEAD = 16             # ... so many: they cannot be cancelled any more, but save waiting for each
 
+_SIGCONT = 19 if sys.platform == "darwin" else 18
+_LONGEST_DELAY = 10.0   # seconds between two tries to start a process that the system has refused
 _DUMP_TIMEOUT = 1.0     # seconds: what has not begun to write them by then does not run
 _DUMP_PAUSE = 0.1       # seconds without more of it: that was all, for nothing tells its end
 _OUR_LINES = f'  File "{_FILE}"', f'  File "{threading.__file__}"'      # that tell nobody anything
@@ -7071,7 +7170,7 @@ class _Shared:
         self.holders: weakref.WeakSet[_Link] = weakref.WeakSet()    # the links that have sent it
 
     def __del__(self) -> None:
-        for link in self.holders:
+        for link in _all_of(self.holders):
             link.forgotten.append(self.number)
 
 
@@ -7111,16 +7210,21 @@ def _worker_main(connection: socket.socket) -> None:
     recipe, _here.recipe = _here.recipe, None       # set by the parent before a fork, which inherits it
     if recipe is not None:
         _be_forked()
+        _forget_half_imported()
     try:
-        index, (lane, *_Passed.received), *_ = socket.recv_fds(connection, _INDEX.size, _Passed.MOST + 1)
+        index, (lane, *passed), *_ = socket.recv_fds(connection, _INDEX.size, _Passed.MOST + 2)
         os.set_inheritable(lane, False)
-        _worker_index, = _INDEX.unpack(index)
+        _worker_index, has_tracker = _INDEX.unpack(index)
+        tracker = passed.pop(0) if has_tracker else None
+        _Passed.received = passed
         _upstream = _Upstream(connection, _socket_at(lane))
         if _dump_signal():
             import faulthandler
             faulthandler.register(_dump_signal(), lane)
         *_, data, buffers = _receive(connection)
-        _settle_in(*_loads(data, buffers))
+        surroundings, parent = _loads(data, buffers)
+        _settle_in(*surroundings)
+        _know_parent(*parent, tracker)
         kind, _, data, buffers = _receive(connection)
         try:
             if recipe is None:
@@ -7128,6 +7232,7 @@ def _worker_main(connection: socket.socket) -> None:
             elif isinstance(recipe.limits, LimitPool):
                 recipe.limits = _limit_pool(*recipe.limits.__reduce__()[1])     # with a round of its own
             _show_name(f"{recipe.name}-{_worker_index}")
+            _know_oneself(f"{recipe.name}-{_worker_index}")
             global_config.__dict__.update(recipe.config.__dict__)       # for pools of its own
             runner = _Runner(recipe, _upstream.halt)
         except BaseException as error:
@@ -7140,7 +7245,8 @@ def _worker_main(connection: socket.socket) -> None:
         finally:
             runner.close()
             _finish_all()               # the pools of its own
-    except EOFError:
+            _upstream.send(_message(_ENDING, (b"", [])))
+    except (EOFError, BrokenPipeError):
         pass
 
 
@@ -7155,6 +7261,15 @@ def _settle_in(path: list[str], directory: str, environment: dict[str, str], arg
         os.chdir(directory)
     except OSError:             # it is gone: the parent could not use it either
         pass
+
+
+def _forget_half_imported() -> None:
+    """Have modules imported again whose import was under way when this process was forked: nobody would end it here."""
+    from importlib import _bootstrap  # type: ignore[attr-defined]
+    for name, module in list(sys.modules.items()):
+        if getattr(getattr(module, "__spec__", None), "_initializing", False):
+            del sys.modules[name]
+            _bootstrap._module_locks.pop(name, None)
 
 
 def _load(loads: Callable[..., T], *args: Any) -> T:
@@ -7281,7 +7396,8 @@ class _Reader:
     """The thread that hears all worker processes: answers, deaths, sockets that take more again.
 
     It owns what happens to them: they are started here, buried here and started again; their
-    calls are settled here. It ends with the last of them.
+    calls are settled here. It ends with the last of them. What it does for one of them, or for a call, is done under
+    one guard: if that raises, this worker or call fails with it, and everybody else goes on.
     """
 
     def __init__(self) -> None:
@@ -7297,6 +7413,7 @@ class _Reader:
         self.rope.setblocking(False)
         self.is_rung = False
         self.watch(self.bell, selectors.EVENT_READ, self._answer_bell)
+        self.tracker: int | None = None     # the end that multiprocessing's resource tracker is to read, see _tracker
         self.thread = threading.Thread(target=self._main, name="concurry reader", daemon=True)
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
@@ -7371,9 +7488,13 @@ class _Reader:
             logger.exception("the reader of the worker processes failed; all their calls fail")
             _reader_failed(self, error)
         finally:
-            self.selector.close()
-            self.bell.close()
-            self.rope.close()
+            _give_up_tracker(self)
+            self.close()
+
+    def close(self) -> None:
+        self.selector.close()
+        self.bell.close()
+        self.rope.close()
 
     def _has_ended(self) -> bool:
         if self.backends:
@@ -7386,7 +7507,15 @@ class _Reader:
 
     def _do_next(self) -> None:
         function, args = self.todo.popleft()
-        function(*args)
+        self._do(function, *args)
+
+    def _do(self, function: Callable[..., object], *args: Any) -> None:
+        try:
+            function(*args)
+        except BaseException as error:
+            if getattr(function, "__self__", None) is self:     # then it hears nobody any more
+                raise
+            _contain(error, function, args)
 
     def _listen(self, timeout: float | None) -> None:
         """Wait for something to do, at most `timeout` seconds."""
@@ -7394,7 +7523,7 @@ class _Reader:
             timeout = self._until_timer() if timeout is None else min(timeout, self._until_timer())
         # At most an hour: the kernel counts milliseconds in 32 bits.
         for key, events in self.selector.select(timeout and min(timeout, 3600)):
-            key.data(events)
+            self._do(key.data, events)
         while self.timers and self._until_timer() == 0:
             timer = heapq.heappop(self.timers)
             if timer[2] is None:
@@ -7407,6 +7536,36 @@ class _Reader:
         return max(0.0, self.timers[0][0] - time.monotonic())
 
 
+def _contain(error: BaseException, function: Any, args: tuple[Any, ...]) -> None:
+    """Fail the worker, or the call, for which the reader has done something that raised, and log it."""
+    while isinstance(function, functools.partial):
+        function, args = function.func, (*function.args, *args)
+    owner = getattr(function, "__self__", None)
+    call = next((each for each in args if isinstance(each, (_Call, BaseFuture))), None)
+    if call is not None and not isinstance(owner, _Backend):
+        owner = call
+    logger.error("an error of concurry's own, in %s for %r", getattr(function, "__qualname__", function), owner,
+                 exc_info=error)
+    try:
+        if isinstance(owner, _Call):
+            _fail_call(owner, error)
+        elif isinstance(owner, BaseFuture):
+            _settle_unbegun(owner, _ERROR, error)
+        elif hasattr(owner, "perish"):
+            owner.perish(error)
+    except BaseException:
+        logger.exception("an error of concurry's own, while %r was given up", owner)
+
+
+def _in_any_case(*steps: Callable[[], object]) -> None:
+    """Take all steps, though some raise."""
+    for step in steps:
+        try:
+            step()
+        except BaseException:
+            logger.exception("an error of concurry's own, while a worker was given up")
+
+
 _readers: dict[int, _Reader] = {}   # by process id: a forked child needs its own
 _reader_lock = threading.RLock()
 
@@ -7417,7 +7576,11 @@ def _reader_for(backend: Any) -> _Reader:
         reader = _readers.get(os.getpid())
         if reader is None:
             reader = _Reader()
-            reader.thread.start()
+            try:
+                reader.thread.start()
+            except BaseException:       # no more threads
+                reader.close()
+                raise
             _readers[os.getpid()] = reader
         reader.backends.add(backend)
         return reader
@@ -7428,7 +7591,55 @@ def _reader_failed(reader: _Reader, error: BaseException) -> None:
     with _reader_lock:
         _readers.pop(os.getpid(), None)
     for backend in list(reader.backends):
-        backend.perish(error)
+        _in_any_case(functools.partial(backend.perish, error))
+
+
+def _tracker(reader: _Reader) -> int | None:
+    """Return the descriptor by which multiprocessing's resource tracker is told things, as all workers share it.
+
+    Where there is none yet, it is started when somebody, here or in a worker, has told it something.
+    """
+    try:
+        from multiprocessing import resource_tracker
+        _interpreter()
+    except (ImportError, RuntimeError):     # a Python without, or nothing to start it with
+        return None
+    tracker: Any = resource_tracker._resource_tracker       # type: ignore[attr-defined]
+    with tracker._lock:
+        if tracker._fd is None and reader.tracker is None:
+            reader.tracker, tracker._fd = os.pipe()
+            reader.watch(reader.tracker, selectors.EVENT_READ, functools.partial(_start_tracker, reader))
+        return tracker._fd      # type: ignore[no-any-return]
+
+
+def _start_tracker(reader: _Reader, events: int) -> None:
+    from multiprocessing import resource_tracker, util
+    end, reader.tracker = reader.tracker, None
+    if end is not None:
+        reader.forget(end)
+        try:
+            code = f"from multiprocessing.resource_tracker import main;main({end})"
+            # It ignores SIGINT and SIGTERM, once it has come so far.
+            resource_tracker._resource_tracker._pid = _unsignalled(     # type: ignore[attr-defined]
+                util.spawnv_passfds, os.fsencode(_interpreter()), [     # type: ignore[attr-defined]
+                    _interpreter(), "-S", "-c", code], [end])
+        finally:
+            os.close(end)
+
+
+def _give_up_tracker(reader: _Reader) -> None:
+    """Leave it to multiprocessing to start its tracker; one that has been told something is started now."""
+    if reader.tracker is None:
+        return
+    from multiprocessing import resource_tracker
+    tracker: Any = resource_tracker._resource_tracker       # type: ignore[attr-defined]
+    with tracker._lock:
+        if not _readable(reader.tracker, timeout=0):
+            os.close(tracker._fd)
+            tracker._fd = None
+            os.close(reader.tracker)
+            reader.tracker = None
+    _start_tracker(reader, 0)
 
 
 class _Link:
@@ -7436,6 +7647,8 @@ class _Link:
 
     def __init__(self, connection: socket.socket, far: socket.socket, lane: _Lane, process: _Process) -> None:
         self.connection = connection        # our end, non-blocking
+        self.is_ending = False              # it takes no more calls, and runs its exit functions
+        self.limit: Any = None              # a timer: when it is killed for taking too long for them
         self.lane = lane                    # for verdicts about limits
         self.guests: dict[int, _Guest] = {}     # by number: its tickets at the homes of limits
         self.bars: dict[Any, Any] = {}      # by its key: where a progress bar of its is shown, and what was last
@@ -7472,7 +7685,7 @@ class _Link:
     def flush(self) -> bool:
         """Send what the socket takes; tell whether that was all."""
         while self.outbox:
-            parts = list(itertools.islice(self.outbox, 64))
+            parts = _first_of(self.outbox, 64)
             taken, latest = self.taken
             try:
                 # In one step that no signal handler can come into: the number would be lost.
@@ -7524,11 +7737,26 @@ class _Link:
         for key, (_, shown) in list(self.bars.items()):
             self.show(key, shown._replace(state="stopped"))
 
+    def end(self) -> None:
+        self.process.exitcode()
+
     def close(self) -> None:
+        self.close_but_process()
+        self.process.close()
+
+    def close_but_process(self) -> None:
         self.lane.close()
         self.connection.close()
         self.far.close()
-        self.process.close()
+
+
+def _first_of(queue: collections.deque[Any], most: int) -> list[Any]:
+    """Return the first few of a queue which a finalizer may change at any time, in this very thread."""
+    while True:
+        try:
+            return list(itertools.islice(queue, most))
+        except RuntimeError:            # mutated during iteration
+            continue
 
 
 def _dumps_keeping(kept: dict[bytes, LimitSet], obj: Any,
@@ -7596,7 +7824,11 @@ class _ProcessBackend(_Backend):
         self.link: _Link | Any = None
         self.dead: _Link | None = None      # a link that is to be buried
         self.failures = 0                       # starts in a row that came to nothing
-        self.pace = 1e6                         # microseconds a call takes, about
+        self.pace: float | None = None          # microseconds a call takes, about
+        self.delay = 0.0                        # seconds before the next try of a start that was refused ...
+        self.retry: Any = None                  # ... and its timer
+        self.ending: dict[_Link, None] = {}     # links whose place another one has taken, and that have not ended yet
+        self.is_over = False                    # only those are left
         self.is_finishing = False
         self.killed: str | None = None          # why, in words
         self.pid: int | None = None             # of the process that was started last ...
@@ -7640,7 +7872,7 @@ class _ProcessBackend(_Backend):
         return link.outbox or self.queue and (ahead < max(1, window // 4) or ahead <= window // 2 <= len(self.queue))
 
     def _window(self) -> int:
-        return _AHEAD if self.pace < _QUICK else 1
+        return _AHEAD if self.pace is not None and self.pace < _QUICK else 1
 
     def _feed(self, link: _Link) -> None:
         while self.queue and link.is_built and len(link.sent) < self._window():
@@ -7694,7 +7926,7 @@ class _ProcessBackend(_Backend):
             link.why = "was killed, for a call ran too long or was cancelled"
             link.process.kill()
         else:
-            link.process.kill(18)       # CONT
+            link.process.kill(_SIGCONT)
 
     def _have_begin_anew(self, call: _Call) -> None:
         """Forget what was thought of a call's time."""
@@ -7756,10 +7988,12 @@ class _ProcessBackend(_Backend):
             link.retirement = self.reader.later(self.pool.options.stop_timeout, functools.partial(self._end_late, link))
             logger.debug("%s (pid %d) is retired%s", self.name, link.process.pid,
                          f": it holds {took >> 10} MiB after a call" if took else "")
+        elif kind == _ENDING:
+            self._let_end(link)
         elif kind >= _RETURNED:
             self._take_answer(link, kind, took, data, buffers)
         elif kind == _BUILT:
-            link.is_built = True
+            link.is_built, self.delay = True, 0.0
             if not self.started.done():
                 self.reader.todo.append((_settle, (self.started, _RESULT, None)))
         elif kind == _NOT_BUILT:
@@ -7772,11 +8006,12 @@ class _ProcessBackend(_Backend):
         if link.sent and link.sent[0][0].is_unwanted:
             self.reader.todo.append((self._end_call, (link.sent[0][0],)))
         link.has_begun = True
-        link.since = now = _now()
-        call.began = now - took / 1e6
+        now = _now()
+        call.began = link.since if took == 0xFFFFFFFF else now - took / 1e6     # that is as far as it counts
+        link.since = now
         self._watch_first(link)
         self.failures = 0
-        self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
+        self.pace = took if self.pace is None or took > self.pace else 0.8 * self.pace + 0.2 * took
         if self.killed:
             link.process.kill()             # nothing else shall begin in the time that it had to clean up
         if self.killed and kind != _RETURNED:           # a handler of TERM has raised SystemExit, say
@@ -7788,14 +8023,17 @@ class _ProcessBackend(_Backend):
 
     def _launch(self) -> None:
         """Start a process and send it the recipe."""
+        self.retry = None
         if self.is_finishing and not self.calls:
             _settle(self.started, _RESULT, None)        # nobody will miss it
             self._end()
             return
-        self.cause = None
+        self.cause = process = None
         ends: list[socket.socket] = []
-        passed, setup = self.pool.setup
         try:
+            if self.pool.setup is None:
+                raise RuntimeError(f"{self.name} was stopped before it was started")
+            passed, setup = self.pool.setup
             ends += _socket_pair()
             ends += _socket_pair()
             connection, far, lane, far_lane = ends
@@ -7803,27 +8041,41 @@ class _ProcessBackend(_Backend):
             if method == "fork":
                 _here.recipe = self.pool.recipe
                 _name_classes(self.pool.recipe)
-                passed.kept.update(_sets)       # it may ask for any of them
+                passed.kept.update(_all_of(_sets.items()))      # it may ask for any of them
+            tracker = _tracker(self.reader)
+            trackers = [] if tracker is None else [tracker]
             process = _launch(method, far, _worker_main)
-            socket.send_fds(connection, [_INDEX.pack(self.index)], [far_lane.fileno(), *passed.descriptors])
+            socket.send_fds(connection, [_INDEX.pack(self.index, bool(trackers))],
+                            [far_lane.fileno(), *trackers, *passed.descriptors])
             far_lane.close()
+            connection.setblocking(False)
+            self.pid = process.pid
+            link = _Link(connection, far, _Lane(lane, self.reader, process), process)
+            link.send(setup)
+            self.reader.watch(connection, selectors.EVENT_READ, functools.partial(self._hear, link))
+            self.reader.watch(process.sentinel, selectors.EVENT_READ, functools.partial(self._died, link))
         except BaseException as error:
-            for end in ends:
-                end.close()
-            self._failed_to_start(error)
+            self._drop_start(process, ends)
+            self._failed_to_start(error, not isinstance(error, OSError))
             return
         finally:
             _here.recipe = None
-        connection.setblocking(False)
-        self.pid = process.pid
-        link = _Link(connection, far, _Lane(lane, self.reader), process)
-        link.send(setup)
-        self.reader.watch(connection, selectors.EVENT_READ, functools.partial(self._hear, link))
-        self.reader.watch(process.sentinel, selectors.EVENT_READ, functools.partial(self._died, link))
         self.link = link
+        if self in self.pool.down:
+            self.pool.have(functools.partial(self.pool._take_up, self))
         self.feed()
         if self.is_finishing:
             self._hang_up()
+
+    def _drop_start(self, process: _Process | None, ends: Iterable[socket.socket]) -> None:
+        """Leave nothing of a start that came to nothing in the middle."""
+        if process is not None:
+            process.exitcode()
+            self._forget_files(process.sentinel)
+            process.close()
+        self._forget_files(*ends)
+        for end in ends:
+            end.close()
 
     def _died(self, link: _Link, events: int) -> None:
         if link is self.link and self.dead is None:
@@ -7834,6 +8086,8 @@ class _ProcessBackend(_Backend):
         """Settle what a dead process leaves behind, and start another one in its place."""
         if self.dead is None or self.turn.setdefault("is", self) is not self:
             return                      # whoever feeds will post this again
+        is_alive = self.dead.is_ending and self.dead.process.sentinel is not None \
+            and not _readable(self.dead.process.sentinel, timeout=0)
         try:
             link = self.link
             if link.connection.fileno() >= 0:
@@ -7847,10 +8101,17 @@ class _ProcessBackend(_Backend):
         finally:
             del self.turn["is"]
         link.give_back()
-        pid, exitcode = link.process.pid, link.process.exitcode()
-        self.exitcode = exitcode
+        if link.limit is not None and not is_alive:
+            self.reader.cancel(link.limit)
+        pid, exitcode = link.process.pid, None if is_alive else link.process.exitcode()
         self._unwatch(link)
-        link.close()
+        if is_alive:
+            self.ending[link] = None
+            link.close_but_process()
+            self.reader.watch(link.process.sentinel, selectors.EVENT_READ, functools.partial(self._ended_late, link))
+        else:
+            self.exitcode = exitcode
+            link.close()
         for call in begun:
             call.deaths += (self.name, pid, exitcode),
             if call not in again:
@@ -7874,6 +8135,24 @@ class _ProcessBackend(_Backend):
         if call.overran:
             return self.overrun_error(call, f"its process (pid {pid}) was killed, and a new one takes its place")
         return self.death_in(call)
+
+    def _let_end(self, link: _Link) -> None:
+        """See to it that a worker which has ended its work ends within bounds; its successor does not wait for that."""
+        link.is_ending = True
+        link.limit = self.reader.later(_END_TIMEOUT + 1, link.process.kill)     # it cannot see to that itself, it seems
+        if link.retirement is not None and not (self.is_finishing or self.killed):
+            self.dead = link
+            self.reader.todo.append((self._bury, ()))
+
+    def _ended_late(self, link: _Link, events: int) -> None:
+        """Bury a process whose place another one has taken."""
+        self.ending.pop(link, None)
+        self.reader.cancel(link.limit)
+        self._forget_files(link.process.sentinel)
+        link.process.exitcode()
+        link.process.close()
+        if self.is_over:
+            self._end()
 
     def _end_late(self, link: _Link) -> None:
         logger.warning("%s (pid %d) was retired and has not ended within %g s: it is killed", self.name,
@@ -7912,9 +8191,12 @@ class _ProcessBackend(_Backend):
                        if end > read and call in self.calls and call not in self.queue]
 
     def _unwatch(self, link: _Link) -> None:
-        for file in (link.connection, link.lane.connection, link.process.sentinel):
+        self._forget_files(link.connection, link.lane.connection, link.process.sentinel)
+
+    def _forget_files(self, *files: socket.socket | int | None) -> None:
+        for file in files:
             try:
-                self.reader.forget(file)
+                self.reader.forget(file)        # type: ignore[arg-type]
             except (KeyError, ValueError):
                 pass
 
@@ -7934,12 +8216,15 @@ class _ProcessBackend(_Backend):
             self.pool.dismiss(self)
             return
         if link.retirement is None:
-            logger.warning("%s (pid %d) %s, exit code %s: its state is lost, a new process takes its place",
-                           self.name, pid, link.why, exitcode)
+            logger.warning("%s (pid %d) %s, exit code %s: %sa new process takes its place",
+                           self.name, pid, link.why, exitcode, self.pool.loss)
             self.pool.restarts += 1
         self._launch()
 
-    def _failed_to_start(self, error: BaseException) -> None:
+    def _failed_to_start(self, error: BaseException, is_the_workers: bool = True) -> None:
+        if not is_the_workers and self.started.done() and not self.is_finishing and not self.pool.on_demand:
+            self._launch_later(error)
+            return
         self.failures += 1
         if not self.started.done():
             _settle(self.started, _ERROR, error)
@@ -7950,6 +8235,13 @@ class _ProcessBackend(_Backend):
             return
         self._end()
         self.pool.lose(self, error)
+
+    def _launch_later(self, error: BaseException) -> None:
+        """Try again when there may be descriptors, memory or processes again; others have its calls meanwhile."""
+        self.delay = min(_LONGEST_DELAY, 2 * self.delay or 0.1)
+        logger.warning("%s cannot be started now (%s): it is tried again in %g s", self.name, error, self.delay)
+        self.retry = self.reader.later(self.delay, self._launch)
+        self.pool.have(functools.partial(self.pool._put_down, self))
 
     # Ending
 
@@ -7971,6 +8263,9 @@ class _ProcessBackend(_Backend):
                 self.link.connection.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
+        elif self.retry is not None:
+            self.reader.cancel(self.retry)
+            self._end()
 
     def where(self) -> str:
         return f"{self.name} (pid {self.link.process.pid})" if self.link else f"{self.name} (no process)"
@@ -8014,27 +8309,41 @@ class _ProcessBackend(_Backend):
 
     def _terminate(self) -> None:
         link = self.link
-        if link is not None and not link.is_broken:
+        for each in self.ending:
+            each.process.kill()
+        if link is None:
+            self._hang_up()
+        elif not link.is_broken:
             link.is_broken = True
             link.process.kill(15)
             self.reader.later(_GRACE, link.process.kill)
 
     def _end(self) -> None:
-        self.reader.backends.discard(self)
-        self.reader.todo.append((_settle, (self.ended, _RESULT, None)))
+        self.is_over = True
+        if not self.ending:
+            self.reader.backends.discard(self)
+            self.reader.todo.append((_settle, (self.ended, _RESULT, None)))
+
+    def state(self) -> str:
+        return "ending" if self.link is not None and self.link.is_ending else "idle"
+
+    def endings(self) -> list[str]:
+        return [f"{self.name} (pid {link.process.pid}): ending" for link in list(self.ending)]
 
     def perish(self, error: BaseException) -> None:
-        """Fail everything: the reader itself has failed."""
-        self.is_finishing = True
-        if self.link is not None:
-            self.link.process.kill()
-            self.link.give_back()
-            self.link.close()
-        _settle(self.started, _ERROR, error)
-        self.pool.lose(self, error)
-        for call in list(self.calls):
-            _settle_unbegun(call.future, _ERROR, error)
-        _settle(self.ended, _RESULT, None)
+        """Give the worker up: something of ours has failed. What was sent fails, the rest is for others."""
+        links = [*([self.link] if self.link is not None else []), *self.ending]
+        self.is_finishing, self.link, self.dead = True, None, None
+        self.ending.clear()
+        sent = [call for link in links for call, _ in link.sent]
+        _in_any_case(
+            *(functools.partial(_settle_unbegun, call.future, _ERROR, error) for call in sent),
+            *(functools.partial(step, link) for link in links for step in (
+                self._unwatch, _Link.end, _Link.give_back, _Link.close)),
+            functools.partial(_settle, self.started, _ERROR, error),
+            functools.partial(self.pool.lose, self, error),
+            functools.partial(self.reader.backends.discard, self),
+            functools.partial(_settle, self.ended, _RESULT, None))
 
 
 def _death_at_start(name: str, pid: int, exitcode: int | None, was_built: bool = False) -> WorkerDiedError:
@@ -8068,7 +8377,7 @@ class _Passed:
     Its locks, queues and connections can be pickled while a process is started, and only then.
     """
 
-    MOST = 252                  # what the kernel passes at once, less the one that is always passed
+    MOST = 251                  # what the kernel passes at once, less the two that are always passed
     received: Sequence[int] = ()    # in the worker
 
     def __init__(self) -> None:
@@ -8167,13 +8476,15 @@ class _OnDemandProcessBackend(_OnDemand, _ProcessBackend):
     """A process for one call; for a TaskWorker, which has no state, until it has been idle for a moment."""
 
 
-def _parent_state() -> tuple[list[str], str, dict[str, str], list[str]]:
-    """Return what a worker takes over from this process."""
+def _parent_state() -> tuple[Any, Any]:
+    """Return what a worker takes over from this process: its surroundings; and what it has to know of it."""
+    from multiprocessing import process
+    me = process.current_process()
     try:
         directory = os.getcwd()
     except OSError:             # it has been removed
         directory = ""
-    return sys.path[:], directory, dict(os.environ), sys.argv[:]
+    return (sys.path[:], directory, dict(os.environ), sys.argv[:]), (me.name, os.getpid(), bytes(me.authkey))
 
 
 def _module_being_imported() -> str | None:
@@ -8675,7 +8986,7 @@ class _RayBackend(_Backend):
         self.was_built = False                  # ... and ever one
         self.has_begun = False                  # a call, perhaps, on this actor
         self.failures = 0                       # starts in a row that came to nothing
-        self.pace = 1e6                         # microseconds a call takes, about
+        self.pace: float | None = None          # microseconds a call takes, about
         self.left = self.most = self.pool.options.max_tasks_per_worker or sys.maxsize       # calls for this actor
         self.is_retiring = False                # it has had all its calls, and is about to end
         self.is_finishing: bool = False
@@ -8720,7 +9031,7 @@ class _RayBackend(_Backend):
 
     def _window(self) -> int:
         """Return how many plain calls are handed over at once. Beside coroutines Ray does not keep their order."""
-        return 1 if self.coroutines else max(1, min(_MOST_AHEAD, int(_SOON / max(self.pace, 1))))
+        return 1 if self.coroutines or self.pace is None else max(1, min(_MOST_AHEAD, int(_SOON / max(self.pace, 1))))
 
     def _feed(self) -> None:
         if not self.is_built:
@@ -8805,7 +9116,7 @@ class _RayBackend(_Backend):
             return
         self.has_begun, self.failures = True, 0
         call.began = _now() - took / 1e6
-        self.pace = took if took > self.pace else 0.8 * self.pace + 0.2 * took if self.pace < 1e6 else took
+        self.pace = took if self.pace is None or took > self.pace else 0.8 * self.pace + 0.2 * took
         if kind == _RETURNED:
             _settle(call.future, _RESULT, _Remote(call.method, packed) if packed else _Remote(call.method, None, ref))
         else:
@@ -8883,7 +9194,8 @@ class _RayBackend(_Backend):
         else:
             self.tally.deaths += not self.is_finishing
         if is_restarted and not self.is_finishing:
-            logger.warning("the actor of %s (pid %s) died: its state is lost, Ray restarts it", self.name, self.pid)
+            logger.warning("the actor of %s (pid %s) died: %sRay restarts it", self.name, self.pid,
+                           self.pool.loss)
             self.pool.restarts += 1
             self.is_built = False
             self._look_after(actor)
@@ -8905,8 +9217,8 @@ class _RayBackend(_Backend):
         elif self.is_retiring:
             self._launch_again()
         else:
-            logger.warning("the actor of %s (pid %s) died: its state is lost, a new one takes its place (%s)",
-                           self.name, self.pid, _cause_of_death(error))
+            logger.warning("the actor of %s (pid %s) died: %sa new one takes its place (%s)",
+                           self.name, self.pid, self.pool.loss, _cause_of_death(error))
             self.pool.restarts += 1
             self._launch_again()
 
@@ -9302,10 +9614,17 @@ class _Guest:
         self.home.attend(self.ticket)
 
     def wake(self) -> None:
-        if _here.reader is self.reader:
-            self._look()
-        else:
+        if _here.reader is not self.reader:
             self.reader.post(self._look)
+            return
+        try:
+            self._look()
+        except Exception as error:          # not for whoever gives back just now
+            _contain(error, self._look, ())
+
+    def perish(self, error: BaseException) -> None:
+        """Refuse the ticket: something of ours has failed."""
+        _in_any_case(functools.partial(self.refuse, repr(error)), self.leave)
 
     def _look(self) -> None:
         ticket = self.ticket
@@ -9337,10 +9656,11 @@ class _Guest:
 class _Lane:
     """The parent's end of a worker's second socket; used on the reader's thread."""
 
-    def __init__(self, connection: socket.socket, reader: _Reader) -> None:
+    def __init__(self, connection: socket.socket, reader: _Reader, process: _Process) -> None:
         self.connection = connection
         self.connection.setblocking(False)
         self.reader = reader
+        self.process = process
         self.outbox: collections.deque[bytes | memoryview] = collections.deque()
         self.is_blocked = False
 
@@ -9371,6 +9691,10 @@ class _Lane:
 
     def close(self) -> None:
         self.connection.close()
+
+    def perish(self, error: BaseException) -> None:
+        """Have the worker end: it would wait for verdicts for ever."""
+        self.process.kill()
 
 
 def _limit_set(token: bytes, limits: tuple[Limit, ...], config: dict[str, Any], keeper: Any = None) -> LimitSet:
@@ -9685,6 +10009,15 @@ def _is_interruption(frame: types.FrameType | None) -> bool:
     return False
 
 
+def _all_of(live: Iterable[T]) -> list[T]:
+    """Return what is in a weak set or dict that other threads change."""
+    while True:
+        try:
+            return list(live)
+        except RuntimeError:            # changed size during iteration
+            continue
+
+
 def _signal_handlers() -> Collection[Any]:
     """Return the code objects of this process's handlers; empty where signals cannot come."""
     if threading.current_thread() is not threading.main_thread():
@@ -9767,6 +10100,8 @@ class _Pool:
         self.recipe = recipe
         self.options = options
         self.name = recipe.name
+        # in words, when a worker is replaced: of functions it has no state of the user's
+        self.loss = "" if recipe.cls is TaskWorker else "its state is lost, "
         self.bound = recipe.bound
         self.room = options.room
         self.balancer: Any = _BALANCERS[options.load_balancing]()
@@ -9774,6 +10109,7 @@ class _Pool:
             self._choose_or_grow if options.on_demand else self.balancer.choose
         self.rests = options.on_demand      # a worker is told when it has nothing to do: it may be about to go
         self.leaving: dict[_Backend, None] = {}     # workers that were told to end, and have not yet
+        self.down: dict[_Backend, None] = {}        # workers that cannot be started now, and will be
         self.kind = kind = _BACKENDS[options.mode, options.on_demand]
         self.runs_inline, self.prepares, self.make_future = kind.runs_inline, kind.prepares, kind.future
         self.on_demand = options.on_demand
@@ -9790,6 +10126,11 @@ class _Pool:
         self.closed: str | None = None  # why no call is taken any more, in words
         self.is_finishing = False       # the workers end when the last call has
         self.once = itertools.count()   # who asks first gets 0: ending is done once
+        self.stops = itertools.count()  # the same, of stop()
+        self.stoppers: set[int] = set()         # the threads that are at it
+        # when what still runs is ended, the earliest of all stop(); and why, in words
+        self.deadline, self.why = math.inf, "was stopped"
+        self.moved: BaseFuture[None] = BaseFuture()     # done when the deadline has been moved
         self.over: BaseFuture[None] = BaseFuture()      # `stop` has done all it could
         # why nobody takes the next call: what the last worker was given up for
         self.broken: BaseException | None = None
@@ -9876,7 +10217,7 @@ class _Pool:
                 raise
             return False
         call.args = call.kwargs = None
-        return True
+        return call in self.calls           # else stop() was quicker: nobody shall be made for it
 
     def _await_dependencies(self, call: _Call, nested: _Nested) -> None:
         """Have the call enqueued when the futures among its arguments are done."""
@@ -9887,28 +10228,46 @@ class _Pool:
             if not self._prepare(call):
                 return
         pending = [future for future in futures if not future.done()]
-        call.is_late = bool(pending)
+        if pending and (self.runs_inline or self.options.blocking):
+            self._refuse_to_wait_here()
         then = functools.partial(self._resume, call, nested, futures)
-        if pending:
+        if pending and not self.runs_inline:
             call.watch = _Watch(pending, len(pending), _has_no_result, then)
-        else:
+            return
+        if pending:                         # in sync mode: right here
+            call.watch = watch = _Watch(pending, len(pending), _has_no_result)
+            _attend(call.future, "_wakers", lambda future: watch.wake())       # of stop(), in another thread
+            watch.sleep(None)
+        if not call.future.done():
             then()
 
+    def _refuse_to_wait_here(self) -> None:
+        """Raise RuntimeError where a call that waits for the futures among its arguments would stall others."""
+        asyncio = sys.modules.get("asyncio")
+        if _here.callbacks or _here.is_ours or asyncio is not None and asyncio._get_running_loop() is not None:
+            how = "a blocking call" if self.options.blocking else "a call in mode 'sync'"
+            raise _own_error(RuntimeError(
+                f"{how} would have to wait here for the futures among its arguments, in a done-callback, a worker or "
+                f"on an event loop: wait for them first, or submit to a worker of another kind than {self.name}"))
+
     def _resume(self, call: _Call, nested: _Nested, futures: list[Any]) -> None:
-        for future in futures:
-            if future.done() and _has_no_result(future):
-                _fail_dependent(call.future, *_outcome_of(future))
-                return
-        call.watch, call.since = None, _now()
         try:
+            for future in futures:
+                if future.done() and _has_no_result(future):
+                    _fail_dependent(call.future, *_outcome_of(future))
+                    return
+            call.watch, call.since = None, _now()
             if self.prepares:
                 self.kind.complete(call, [self.kind.value_of(future) for future in futures])
             else:
                 call.args, call.kwargs = nested.rebuilt(self.kind.value_of)
-        except BaseException as error:
+            if not self.runs_inline:
+                self.place(call)
+                return
+        except BaseException as error:      # of loading a dependency, say; the call must not stay pending
             _settle_unbegun(call.future, _ERROR, error)
-        else:
-            self.enqueue(call)
+            return
+        self.enqueue(call)
 
     def enqueue(self, call: _Call) -> None:
         """Have a call that is ready carried out in its turn."""
@@ -9919,7 +10278,8 @@ class _Pool:
 
     def _wait_for_place(self, call: _Call, deadline: float | None) -> None:
         """Sleep until the call has been placed or settled, where this thread may sleep."""
-        if self.on_demand or self.turn.get("is") == [threading.get_ident()] or _must_not_block():
+        if self.on_demand or self.room == math.inf or self.turn.get("is") == [threading.get_ident()] \
+                or _must_not_block():
             return
         gate = call.gate = _held_lock()
         # Asked after the gate was made: who settles the call takes it out before he looks for a gate.
@@ -9974,7 +10334,10 @@ class _Pool:
         refused: list[tuple[_Call, BaseException]]
         backlog, refused = self.backlog, []
         while self.chores:
-            self.chores[0](refused)
+            try:
+                self.chores[0](refused)
+            except Exception:           # of ours: it must not reach whoever places just now
+                logger.exception("an error of concurry's own, in the pool %s", self.name)
             self.chores.popleft()
         while backlog:
             call = backlog[0]
@@ -9982,7 +10345,11 @@ class _Pool:
                 # With a backend: the step is done a second time.
                 backend = call.backend or self.choose(self.backends, self.room)
                 if backend is not None:
-                    self._assign(call, backend)
+                    try:
+                        self._assign(call, backend)
+                    except Exception as error:      # likewise
+                        logger.exception("an error of concurry's own, in the call %s: it fails", call)
+                        refused.append((call, error))
                 elif self.broken is None:
                     break
                 else:
@@ -10108,7 +10475,7 @@ class _Pool:
     def _resize(self, size: int, added: list[_Backend], outcome: BaseFuture[list[_Backend]], refused: Any) -> None:
         self.options.max_workers = size
         try:
-            while len(self._usable()) < size and not self.on_demand and self.closed is None:
+            while len(self._usable()) + len(self.down) < size and not self.on_demand and self.closed is None:
                 added.append(self._grow(is_replacement=True))
         except Exception as error:
             _settle(outcome, _ERROR, error)
@@ -10149,7 +10516,7 @@ class _Pool:
         calls = [call for call in backend.give_up() if call in self.calls]
         has_heir = not (self.on_demand or backend.is_spent or self.is_stopped or self.is_finishing and not self.calls)
         logger.warning("%s is given up with the call that it runs: its thread is left to itself%s", backend.name,
-                       ", its state is lost, a new worker takes its place" if has_heir else "")
+                       f", {self.loss}a new worker takes its place" if has_heir else "")
         (self.tally if was_its_last else backend.tally).deaths += 1
         for call in calls:
             backend.calls.pop(call, None)
@@ -10174,6 +10541,25 @@ class _Pool:
         self.backends = [other for other in self.backends if other is not backend]
         self._add(new)
 
+    def _put_down(self, backend: _Backend, refused: list[tuple[_Call, BaseException]]) -> None:
+        """Have others carry out the calls of a worker that cannot be started now."""
+        if backend not in self.backends:
+            return
+        calls = [call for call in list(backend.calls) if call in self.calls]
+        self.down[backend] = None
+        self.backends = [other for other in self.backends if other is not backend]
+        for call in calls:
+            call.backend = None
+        backend.calls.clear()
+        backend.queue.clear()       # type: ignore[attr-defined]
+        self.backlog.extendleft(reversed(calls))
+        self.dispatched -= len(calls)
+
+    def _take_up(self, backend: _Backend, refused: list[tuple[_Call, BaseException]]) -> None:
+        if backend in self.down:
+            del self.down[backend]
+            self._add(backend)
+
     def lose(self, backend: _Backend, error: BaseException) -> None:
         """Give up a worker that cannot be started: the others take over, or all fails with this error."""
         self.have(functools.partial(self._lose, backend, error))
@@ -10181,7 +10567,8 @@ class _Pool:
     def _lose(self, backend: _Backend, error: BaseException,
               refused: list[tuple[_Call, BaseException]]) -> None:
         self._remove(backend)
-        calls = list(backend.calls)
+        self.down.pop(backend, None)
+        calls = [call for call in list(backend.calls) if call in self.calls]
         for call in calls:
             call.backend = None
         if self.on_demand:
@@ -10189,7 +10576,7 @@ class _Pool:
             return
         self.backlog.extendleft(reversed(calls))
         backend.calls.clear()
-        if not self.backends:
+        if not (self.backends or self.down):
             self.broken = error
 
     # Ending
@@ -10210,7 +10597,7 @@ class _Pool:
         if next(self.once) == 0:
             if self.keeper is not None:
                 self.keeper.end()
-            for backend in list(self.backends):
+            for backend in [*self.backends, *self.down]:
                 backend.finish()
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
@@ -10220,9 +10607,13 @@ class _Pool:
             for call in list(self.calls):
                 _withdraw(call.future)
         self.finish()
-        if wait and not self.is_stopped and not self._is_here():
+        if wait and self._can_wait():
             _run(self.until_ended(), None)
             self._let_go()
+
+    def _can_wait(self) -> bool:
+        """Return whether this thread may wait for the end: else it would wait for itself."""
+        return not self._is_here() and threading.get_ident() not in self.stoppers
 
     def _is_here(self) -> bool:
         call = _calling.get()
@@ -10230,22 +10621,41 @@ class _Pool:
             or any(backend.is_here() for backend in self.backends)
 
     def until_ended(self) -> Generator[Any, Any, None]:
-        """Yield what to wait for until all calls and workers have ended."""
-        while self.calls:
-            yield from _settled_of({call.future for call in list(self.calls)}, ALL_COMPLETED)
-        yield from _settled_of({backend.ended for backend in [*self.backends, *self.leaving]}, ALL_COMPLETED)
+        """Yield what to wait for until all calls and workers have ended; or a stop() has, where there is one."""
+        while not self.over.done():
+            pending = {future for future in (call.future for call in list(self.calls)) if not future.done()} \
+                or {worker.ended for worker in self._everybody() if not worker.ended.done()}
+            if not pending and not self.is_stopped:
+                return
+            watch = _Watch([*pending, self.over], len(pending) or 1, lambda future: future is self.over)
+            try:
+                yield watch
+            finally:
+                watch.leave()
+
+    def _everybody(self) -> list[_Backend]:
+        return [*self.backends, *self.leaving, *self.down]
 
     def stop(self, timeout: float | None = None, join: bool = True) -> None:
         """Drop what has not begun, let what runs finish within the timeout, then end it the hard way.
 
-        Without `join` all but the first is done on a thread beside.
+        Without `join` all but the first is done on a thread beside. Of several stops the earliest deadline holds, and
+        all return when the end is there, but for those that would wait for themselves.
         """
-        if self.is_stopped:
+        seconds: float = self.options.stop_timeout if timeout is None else timeout
+        deadline = time.monotonic() + seconds
+        if deadline < self.deadline:
+            self.deadline, self.why = deadline, f"was stopped after {seconds:g} s"
+            moved, self.moved = self.moved, BaseFuture()
+            _settle(moved, _RESULT, None)
+        if next(self.stops):
+            if join and self._can_wait():
+                _run(_settled_of({self.over}, ALL_COMPLETED), None)
             return
         self.is_stopped = True
         self.close("it is stopped")
-        seconds: float = self.options.stop_timeout if timeout is None else timeout
-        end = functools.partial(self._end, next(self.once) == 0, seconds, f"was stopped after {seconds:g} s")
+        end = functools.partial(self._end, next(self.once) == 0)
+        self.stoppers.add(threading.get_ident())        # in done-callbacks of what is dropped
         try:
             dropped = sum(_withdraw(call.future) for call in list(self.calls))
             if dropped:
@@ -10255,6 +10665,8 @@ class _Pool:
         except BaseException:
             end(join=False)
             raise
+        finally:
+            self.stoppers.discard(threading.get_ident())
         if not join:
             try:
                 threading.Thread(target=end, name=f"stop of {self.name}", daemon=True).start()
@@ -10264,60 +10676,72 @@ class _Pool:
         end()
 
     def join(self, timeout: float | None) -> bool:
-        """Wait until the end that has been begun is there; tell whether it is."""
+        """Wait until the end that has been begun is there; return whether it is."""
         if self.closed is None:
             raise RuntimeError(f"cannot join {self.name}: it is neither stopped nor shut down")
-        if self._is_here():
+        if not self._can_wait():
             raise RuntimeError(f"cannot join {self.name}: this call of it would wait for itself")
-        if self.is_stopped:
-            return not _run(_settled_of({self.over}, ALL_COMPLETED), timeout).not_done
         deadline = _deadline(timeout)
-        while self.calls and _left(deadline) != 0:
-            _run(_settled_of({call.future for call in list(self.calls)}, ALL_COMPLETED), _left(deadline))
-        ended = {backend.ended for backend in [*self.backends, *self.leaving]}
-        if self.calls or _run(_settled_of(ended, ALL_COMPLETED), _left(deadline)).not_done:
-            return False
+        for watch in self.until_ended():
+            if _left(deadline) == 0:
+                return False
+            watch.sleep(_left(deadline))
         self._let_go()
         return True
 
-    def _end(self, is_first: bool, timeout: float, why: str, join: bool = True) -> None:
+    def _end(self, is_first: bool, join: bool = True) -> None:
+        self.stoppers.add(threading.get_ident())
         try:
             if join:
-                self._end_running(is_first, timeout, why)
+                self._end_running(is_first)
             else:
-                self._kill_all(why)
+                self._kill_all()
         except BaseException:           # Ctrl-C: as if the time were over, but without waiting
-            self._kill_all(why)
+            self._kill_all()
             raise
         finally:
+            self.stoppers.discard(threading.get_ident())
             _settle(self.over, _RESULT, None)
 
-    def _kill_all(self, why: str) -> None:
-        for backend in list(self.backends):
-            backend.kill(why)
+    def _kill_all(self) -> None:
+        for backend in [*self.backends, *self.down]:
+            backend.kill(self.why)
 
-    def _end_running(self, is_first: bool, timeout: float, why: str) -> None:
-        deadline = _deadline(timeout)
+    def _end_running(self, is_first: bool) -> None:
         mine = {_calling.get()}.union(*(backend.calls_here() for backend in self.backends))
         running = [call for call in list(self.calls) if call not in mine]       # whoever stops cannot wait for itself
-        waited_for = {call.future for call in running if call.backend is None or not call.backend.stalls_here()}
-        _run(_settled_of(waited_for, ALL_COMPLETED), timeout)
-        for backend in list(self.backends):
+        self._wait_until_deadline(
+            {call.future for call in running if call.backend is None or not call.backend.stalls_here()})
+        for backend in [*self.backends, *self.down]:
             if any(call in backend.calls for call in running):
-                backend.kill(why)
+                backend.kill(self.why)
             elif is_first:
                 backend.finish()
-        self._see_them_end(deadline, why)
+        self._see_them_end()
         for call in running:            # of a process that even KILL does not end at once
             if call.backend is not None and call in self.calls:
-                _settle(call.future, _ERROR, call.backend.stopped(call, why, True if call.deaths else None))
+                _settle(call.future, _ERROR, call.backend.stopped(call, self.why, True if call.deaths else None))
 
-    def _see_them_end(self, deadline: float | None, why: str) -> None:
+    def _wait_until_deadline(self, futures: Iterable[BaseFuture[Any]], least: float = 0.0) -> set[BaseFuture[Any]]:
+        """Wait for the futures until the deadline, which may be moved, but `least` seconds; return those not done."""
+        while True:
+            pending = {future for future in futures if not future.done()}
+            left = max(self.deadline - time.monotonic(), least)
+            if not pending or left <= 0:
+                return pending
+            moved, least = self.moved, 0.0
+            watch = _Watch([*pending, moved], len(pending), lambda future, moved=moved: future is moved)   # type: ignore[misc]
+            try:
+                watch.sleep(left)
+            finally:
+                watch.leave()
+
+    def _see_them_end(self) -> None:
         """Wait for the workers; kill those that are late; warn of what cannot be killed."""
-        ended = {backend.ended: backend for backend in [*self.backends, *self.leaving] if not backend.is_here()}
-        late = _run(_settled_of(set(ended), ALL_COMPLETED), max(_left(deadline) or 0.0, 0.05)).not_done
+        ended = {backend.ended: backend for backend in self._everybody() if not backend.is_here()}
+        late = self._wait_until_deadline(ended, 0.05)
         for future in late:
-            ended[future].kill(why)
+            ended[future].kill(self.why)
         late = {future for future in late if ended[future].can_be_killed}
         _run(_settled_of(late, ALL_COMPLETED), _GRACE + 0.05)
         self._let_go()
@@ -10335,6 +10759,7 @@ class _Pool:
     def abandon(self) -> None:
         """Be of no use in a forked child: its workers are the parent's. Nobody waits here, no lock is sure."""
         self.is_stopped = True
+        next(self.stops)
         self.over.__dict__.setdefault("_gate", (_RESULT, None))
         self.closed = f"{self.name} belongs to the parent of this process: os.fork does not copy its workers"
         for call in list(self.calls):
@@ -10363,7 +10788,7 @@ class _Pool:
         """Return what has become of all calls, and by worker."""
         total, workers, calls = _Tally(), {}, list(self.calls)
         total.add(self.tally)
-        for backend in list(self.backends):
+        for backend in [*self.backends, *self.down]:
             backend.tally.retried = backend.halt.retried
             total.add(backend.tally)
             workers[backend.name] = self._told(backend.tally, list(backend.calls))
@@ -10378,10 +10803,10 @@ class _Pool:
 
     def dump(self, file: TextIO) -> None:
         """Print where each worker is."""
-        for backend in list(self.backends):
+        for backend in [*self.backends, *self.leaving]:
             calls = [call for call in list(backend.calls) if call.future.running()]
             doing = ", ".join(call.shown() + _how_long(backend.beginning_of(call)) for call in calls)
-            print(f"{backend.where()}: {doing or 'idle'}", file=file)
+            print(f"{backend.where()}: {doing or backend.state()}", *backend.endings(), sep="\n", file=file)
             for text in backend.stacks() if calls else ():
                 print(text.rstrip("\n"), file=file)
         waiting = sum(call.backend is None for call in list(self.calls))
@@ -10406,7 +10831,7 @@ def _finish_all() -> None:
     """Finish what was submitted anywhere: the interpreter is about to exit, the daemons still run."""
     global _is_exiting
     _is_exiting = True
-    pools = [pool for pool in _pools if not pool.is_stopped]
+    pools = [pool for pool in _all_of(_pools) if not pool.is_stopped]
     calls: Any = True
     while calls:
         calls = [call for pool in pools for call in list(pool.calls)]
@@ -10420,7 +10845,7 @@ def _finish_all() -> None:
     for pool in pools:
         pool.finish()
     _run(_settled_of({backend.ended for backend in backends}, ALL_COMPLETED), _GRACE)
-    _run(_settled_of({pool.over for pool in _pools if pool.is_stopped}, ALL_COMPLETED), None)
+    _run(_settled_of({pool.over for pool in _all_of(_pools) if pool.is_stopped}, ALL_COMPLETED), None)
 
 
 def _abandon_all() -> None:
@@ -10506,8 +10931,10 @@ class _Handle:
         Then coroutines are cancelled; processes are killed, TERM first and KILL a second later, and
         their calls fail with WorkerDiedError; threads are left to themselves with a ResourceWarning,
         and their calls fail likewise. No future stays unfinished, but that of a call which itself
-        stops its worker. May be called from any thread; a second call returns at once. Without `join` it
-        returns when what has not begun is cancelled: the rest is done on a thread beside, see `join()`.
+        stops its worker. May be called from any thread; a second call returns when the first has ended, or at once
+        where it would wait for itself; of two the earlier deadline holds. It ends a `with` or `shutdown` that waits,
+        too. Without `join` it returns when what has not begun is cancelled: the rest is done on a thread beside, see
+        `join()`.
         """
         if timeout is not None:
             timeout = _parse("timeout", timeout, {"timeout": (_seconds, "a number of seconds from 0")})
@@ -10599,10 +11026,10 @@ class _Handle:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
                         traceback: types.TracebackType | None) -> None:
         if _is_interrupt(kind):
-            self._pool.stop(0)
+            self._pool.stop(0, join=False)
         self._pool.finish()
-        if not self._pool.is_stopped:
-            await _run_async(self._pool.until_ended(), None)
+        await _run_async(self._pool.until_ended(), None)
+        self._pool._let_go()
 
     def __getattr__(self, name: str) -> Callable[..., BaseFuture[Any]]:
         _check_method(self._pool.recipe.cls, name, dir(type(self)))
