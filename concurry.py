@@ -620,6 +620,7 @@ class _Here(threading.local):
     failing: Any = None         # (future, kind, value) to be settled by the one who settles now
     building: Any = None        # the recipe whose object the next `__new__` makes
     made: int | None = None     # the id of that object
+    plain: Any = None           # the class of which a plain object is being made
     recipe: Any = None          # in the fork method: how a worker finds what its parent had in hand
     kept: Any = None            # by token: limit sets that have to live on because they were pickled
     passed: Any = None          # descriptors that go along with what this thread pickles
@@ -769,6 +770,8 @@ class BaseFuture(concurrent.futures.Future[T]):
             return value  # type: ignore[no-any-return]
         if kind is _CANCELLED:
             value = concurrent.futures.CancelledError()
+        else:
+            _ask_for(self)
         try:
             raise value
         finally:
@@ -779,7 +782,10 @@ class BaseFuture(concurrent.futures.Future[T]):
         kind, value = self._outcome or self._wait(timeout)
         if kind is _CANCELLED:
             raise concurrent.futures.CancelledError()
-        return value if kind is _ERROR else None
+        if kind is not _ERROR:
+            return None
+        _ask_for(self)
+        return value        # type: ignore[no-any-return]
 
     def add_done_callback(self, fn: Callable[[BaseFuture[T]], object]) -> None:
         """Call `fn(future)` when the call has ended, in the thread that ends it, or now if it has.
@@ -908,6 +914,8 @@ def _settle(future: BaseFuture[Any], kind: str, value: Any) -> bool:
     # Places and counters first: a waiter that submits at once must not find the queue still full.
     call = state.pop("_call", None)
     if call is not None:
+        if kind is _ERROR and not call.pool.is_stopped and "_is_asked" not in state:
+            state["_unasked"] = _Unasked(call.pool.failures, value)
         call.pool.leave(call, kind)
     outcome = (kind, value)
     gate = state.setdefault("_gate", outcome)
@@ -918,6 +926,49 @@ def _settle(future: BaseFuture[Any], kind: str, value: Any) -> bool:
     if "_callbacks" in state:
         _notify(future, "_callbacks")
     return True
+
+
+class _Failures:
+    """The calls of one pool that failed and that nobody has asked about: told once, at its end."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count, self.first, self.is_over, self.is_told = name, 0, "", False, False
+
+    def add(self, error: BaseException) -> None:
+        self.count += 1
+        self.first = self.first or f"{type(error).__name__}: {_text(error)}"
+        self.tell()
+
+    def end(self) -> None:
+        self.is_over = True
+        self.tell()
+
+    def tell(self) -> None:
+        if self.is_over and self.count and not self.is_told:
+            self.is_told = True
+            logger.warning("%s: nobody asked for the results of %d calls that failed; the first: %s", self.name,
+                           self.count, self.first)
+
+
+class _Unasked:
+    """Part of a failed future until somebody asks: if it goes with that, nobody ever will."""
+
+    def __init__(self, failures: _Failures | None, error: BaseException) -> None:
+        self.failures, self.error = failures, error
+
+    def __del__(self) -> None:
+        if self.failures is not None:
+            self.failures.add(self.error)
+
+
+def _ask_for(future: Any) -> None:
+    """Note that somebody cares for how a future ends, or knows it."""
+    if isinstance(future, BaseFuture):
+        state = future.__dict__
+        state["_is_asked"] = True
+        unasked = state.pop("_unasked", None)
+        if unasked is not None:
+            unasked.failures = None
 
 
 def _withdraw(future: BaseFuture[Any]) -> bool:
@@ -1079,7 +1130,10 @@ def _forget_when_done(future: Any, fn: Callable[[Any], object]) -> None:
 def _outcome_of(future: Any) -> tuple[str, Any]:
     """Return the (kind, value) of a done future of any kind."""
     if isinstance(future, BaseFuture):
-        return future._known()
+        outcome = future._known()
+        if outcome[0] is _ERROR:
+            _ask_for(future)
+        return outcome
     if future.cancelled():
         return _CANCELLED, None
     error = future.exception()
@@ -2038,6 +2092,8 @@ class _Gathering:
         """Find the futures; to be called when coroutines have become tasks."""
         self.nested = _Nested(self.values) if self.recurse else None
         self.futures = self.nested.futures if self.recurse else list(dict.fromkeys(filter(_is_future, self.values)))
+        for future in self.futures:
+            _ask_for(future)
         return self
 
     def value_of(self, future: Any) -> Any:
@@ -2629,6 +2685,10 @@ def _shown(value: object) -> str:
         return f"<{type(value).__name__} that cannot be shown>"
 
 
+def _nothing() -> None:
+    """Return nothing, as a weak reference does to what is gone."""
+
+
 def _fibonacci(n: int) -> float:
     a, b = 1.0, 1.0
     for _ in range(min(n, 1000) - 1):
@@ -3160,6 +3220,14 @@ class Limit:
         return f"{type(self).__name__}({', '.join(told)})"
 
 
+def _window_seconds(name: str) -> int:
+    try:
+        return RateWindow(name).seconds
+    except ValueError:
+        raise ValueError(f"a window of {name!r} is not possible: {RateWindow._choices()}, or give a number of "
+                         f"seconds{_nearest(name, [each.value for each in RateWindow])}") from None
+
+
 class RateLimit(Limit):
     """So much of something in a window: tokens, bytes, calls.
 
@@ -3195,7 +3263,7 @@ class RateLimit(Limit):
         if len(given) != 1:
             raise ValueError("a rate needs one window, as in window_seconds=60 or per='minute'" if not given else
                              "window_seconds, window and per are one argument: give only one of them")
-        span = RateWindow(given[0]).seconds if isinstance(given[0], str) else given[0]
+        span = _window_seconds(given[0]) if isinstance(given[0], str) else given[0]
         span = _positive(span, "window_seconds", "a number of seconds above 0")
         if span == math.inf:
             raise ValueError("window_seconds=inf is not possible: a number of seconds above 0")
@@ -4195,10 +4263,21 @@ class _Call:
 
 def _is_async(fn: Any) -> bool:
     """Tell whether calling `fn` gives a coroutine, without importing inspect."""
-    while isinstance(fn, (functools.partial, types.MethodType)):
-        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
-    code = getattr(fn, "__code__", None) or getattr(getattr(type(fn), "__call__", None), "__code__", None)
-    return code is not None and bool(code.co_flags & 0x180)     # CO_COROUTINE, CO_ITERABLE_COROUTINE
+    return bool(_code_flags(fn) & 0x180)        # CO_COROUTINE, CO_ITERABLE_COROUTINE
+
+
+def _code_flags(fn: Any) -> int:
+    code = getattr(fn, "__code__", None) or _code_of(fn)
+    return code.co_flags if isinstance(code, types.CodeType) else 0
+
+
+def _refuse_generator(fn: Any) -> None:
+    """Raise a TypeError for a generator function, plain or async, whose body would run in the caller."""
+    flags = _code_flags(fn)
+    if flags & 0x220 and not flags & 0x100:     # CO_GENERATOR, CO_ASYNC_GENERATOR; CO_ITERABLE_COROUTINE
+        name = getattr(fn, "__name__", fn)
+        raise TypeError(f"{name}() is a generator function: its body would run in the caller that iterates over it, not "
+                        f"in the worker; return a list instead")
 
 
 def _definitions(cls: type) -> Iterator[tuple[str, Any]]:
@@ -4236,7 +4315,9 @@ class _Recipe:
                  options: _Options) -> None:
         self.cls, self.args, self.kwargs = cls, args, kwargs
         self.bound = bound          # the function that a TaskWorker always calls
-        self.name: str = options.name or cls.__name__        # of the worker, before its number
+        name = getattr(bound, "__name__", None) if cls is TaskWorker else None
+        # of the worker, before its number
+        self.name: str = options.name or (name if isinstance(name, str) and name.isidentifier() else cls.__name__)
         self.initializer, self.initargs, self.initkwargs = options.initializer, options.initargs, options.initkwargs
         self.most_tasks, self.most_memory = options.max_tasks_per_worker, options.max_worker_memory
         self.limits = _limits_for_worker(options.limits)
@@ -5843,6 +5924,11 @@ def _reduce_proxy(pickler: Any, proxy: types.MappingProxyType[Any, Any]) -> tupl
     return types.MappingProxyType, (gc.get_referents(proxy)[0],)
 
 
+def _reduce_headers(pickler: Any, headers: Any) -> tuple[Any, ...]:
+    """Send the read-only headers of aiohttp, which are part of its exceptions, as a copy."""
+    return type(headers), (headers.copy(),)
+
+
 def _reduce_weak_dict(pickler: Any, mapping: weakref.WeakKeyDictionary[Any, Any]) -> tuple[Any, ...]:
     return type(mapping), (dict(mapping),)
 
@@ -6114,6 +6200,8 @@ _reducers: dict[Any, Callable[[Any, Any], Any]] = {
     property: _reduce_property,
     functools.cached_property: _reduce_cached_property,
     type(functools.lru_cache(_ignore)): _reduce_cache,
+    ("multidict._multidict", "CIMultiDictProxy"): _reduce_headers,
+    ("multidict._multidict", "MultiDictProxy"): _reduce_headers,
     ("ray", "ObjectRef"): lambda pickler, ref: _reduce_ref(ref),
     ("ray.actor", "ActorHandle"): lambda pickler, actor: _reduce_ref(actor),
     ("typing", "TypeVar"): _reduce_type_variable,
@@ -6138,7 +6226,10 @@ def _explain(error: Exception, roots: dict[str, Any], of: Any = "") -> Any:
     for label, root in roots.items():
         failure = _failure(root)
         if failure is not None:
-            path, culprit, error = _trace(root, failure)
+            try:
+                path, culprit, error = _trace(root, failure)
+            except Exception:           # of the user's objects, when they are looked into
+                path, culprit, error = [], root, failure
             plain = next((n for n, step in enumerate(path) if step.startswith(",")), len(path))
             where = "".join([label, *path[:plain], of, *path[plain:]])
             return _pickle().PicklingError(f"{where}: {_reason(culprit, error)}")
@@ -6221,8 +6312,8 @@ def _reduced_parts(obj: Any) -> Iterator[tuple[str, Any]]:
             reduced = obj.__reduce_ex__(5)
     except Exception:
         return
-    if isinstance(reduced, str):
-        return
+    if not (isinstance(reduced, tuple) and len(reduced) > 1 and isinstance(reduced[1], tuple)):
+        return                          # a name, or nonsense
     args: Any
     args, state, items, pairs = (*reduced, None, None, None)[1:5]
     states = state if type(state) is tuple else (state,)
@@ -6298,19 +6389,71 @@ def _traceback(error: BaseException) -> str:
 
 
 def _surviving(error: BaseException) -> tuple[bytes, list[memoryview]]:
-    """Return the pickled exception, or no data if it would not come out as it was."""
+    """Return the pickled exception, or what it can be rebuilt from, or no data if neither would come out as it was."""
+    return _as_it_is(error, error) or _as_it_is(_Rebuilt(error), error) or (b"", [])
+
+
+class _Rebuilt:
+    """An exception without its constructor, which may demand more than `args`; less the members that do not travel."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.cls, self.lost = type(error), []
+        if isinstance(error, BaseExceptionGroup):
+            self.args: Any = error.message, [_portable(each) for each in error.exceptions]
+        else:
+            self.args = tuple(self.kept(f"args[{n}]", arg, _shown(arg)) for n, arg in enumerate(error.args))
+        state = {name: self.kept(name, value, _LEFT_OUT) for name, value in vars(error).items()}
+        self.state = {name: value for name, value in state.items() if value is not _LEFT_OUT}
+
+    def kept(self, name: str, value: Any, instead: Any) -> Any:
+        try:
+            data, buffers = _dumps(value)
+            _loads(data, _copies(buffers))
+            return value
+        except Exception:               # loading runs code of the user's
+            self.lost.append(name)
+            return instead
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_error, (self.cls, self.args, self.state, self.lost)
+
+
+def _rebuild_error(cls: Any, args: tuple[Any, ...], state: dict[str, Any], lost: list[str]) -> Any:
+    error = cls.__new__(cls, *args)
+    next(base for base in cls.__mro__ if base.__module__ == "builtins").__init__(error, *args)      # of OSError, say
+    error.__dict__.update(state)
+    if lost:
+        error.add_note(f"these members could not travel from the worker: {', '.join(lost)}")
+    return error
+
+
+def _portable(error: BaseException) -> Any:
+    """Return what an exception within another one travels as."""
+    return next((form for form in (error, _Rebuilt(error)) if _as_it_is(form, error)),
+                RemoteError(_name_of(error), _text(error)))
+
+
+def _copies(buffers: Iterable[memoryview]) -> list[bytes | bytearray]:
+    return [bytes(each) if each.readonly else bytearray(each) for each in buffers]
+
+
+def _as_it_is(portable: Any, error: BaseException) -> Any:
+    """Return the pickled exception, in one form or the other; None if it would not come out as it was.
+
+    Of one that has lost a member the text may differ.
+    """
     try:
-        data, buffers = _dumps(error)
+        data, buffers = _dumps(portable)
         plain = (str, int, float, bool, type(None))
         if (type(error).__module__ == "builtins" and not vars(error)
                 and all(type(arg) in plain for arg in error.args)):
             return data, buffers
-        copies = [bytes(each) if each.readonly else bytearray(each) for each in buffers]
-        if _is_same(_loads(data, copies), error, data):
+        back = _loads(data, _copies(buffers))
+        if _is_same(back, error, data) or getattr(portable, "lost", None) and type(back) is type(error) and str(back):
             return data, buffers
     except BaseException:               # loading runs code of the user's
         pass
-    return b"", []
+    return None
 
 
 def _is_same(back: Any, error: BaseException, data: bytes) -> bool:
@@ -9394,8 +9537,13 @@ def _actor_options(options: _Options) -> dict[str, Any]:
 def _own_module() -> tuple[str, str, Any]:
     """Return name, path and code of this module, to be run where it cannot be imported."""
     import marshal
-    spec: Any = __spec__
-    code = globals().get("_code_here") or marshal.dumps(spec.loader.get_code(spec.name))
+    spec: Any = globals().get("__spec__")
+    code = globals().get("_code_here")
+    if code is None and spec is not None:
+        code = marshal.dumps(spec.loader.get_code(spec.name))
+    elif code is None:                  # run by its path
+        with open(_FILE, "rb") as file:
+            code = marshal.dumps(compile(file.read(), _FILE, "exec"))
     return __name__, __file__, _ray().put(code)
 
 
@@ -10119,6 +10267,10 @@ class _Pool:
         # what else is for the one who places to do
         self.chores: collections.deque[Callable[[list[tuple[_Call, BaseException]]], None]] = collections.deque()
         self.turn: dict[str, list[int]] = {}    # "is": whose turn it is to place, a list of his thread
+        self.is_started = False
+        self.setup: Any = None          # what each worker needs to be built
+        # rates of which only the user's code knows how much it takes
+        self.rates = [key for each in _sets_in(recipe.limits) for key in each if key not in each._automatic]
         self.dispatched = 0
         self.tally = _Tally()           # of calls that no worker has had, and of workers that are gone
         self.restarts = 0
@@ -10139,12 +10291,14 @@ class _Pool:
         # functions that its calls name again and again, and what stands for them
         self.known: dict[Any, Any] = {}
         self.context = contextvars.copy_context()       # for constructors: of whoever made the pool
+        self.failures = _Failures(self.name)
 
     # Starting
 
     def start(self) -> None:
         """Build the workers side by side; return when all are built, or raise what one of them raised."""
-        self.setup: Any = self.kind.set_up(self.recipe, self.options)
+        self.is_started = True
+        self.setup = self.kind.set_up(self.recipe, self.options)
         if self.options.call_timeout is not None and self.kind.has_time_limits:
             self.keeper = _TimeKeeper(self.options.call_timeout)
         if self.on_demand:
@@ -10186,7 +10340,8 @@ class _Pool:
         self.calls[call] = None
         try:
             if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
-                raise _own_error(RuntimeError(self.closed or "cannot submit: the interpreter is exiting"))
+                raise _own_error(RuntimeError(self.closed or "cannot submit: the interpreter is exiting "
+                                              "(cannot schedule new futures after interpreter shutdown)"))
             if _may_hold_futures(args, kwargs) and self.options.unwrap_futures:
                 nested = _Nested([args, kwargs])
                 if nested.futures:
@@ -10459,6 +10614,9 @@ class _Pool:
             if size != 1:
                 raise ValueError(f"n={size} is not possible: mode {self.options.mode.value!r} has exactly one worker")
             return
+        if not self.is_started:             # a @task before its first call
+            self.options.max_workers = size
+            return
         added: BaseFuture[list[_Backend]] = BaseFuture()
         self.have(functools.partial(self._resize, size, [], added))
         if self.turn.get("is") == [threading.get_ident()]:      # we have interrupted that
@@ -10584,7 +10742,8 @@ class _Pool:
     def close(self, reason: str) -> None:
         """Take no more calls."""
         if self.closed is None:
-            self.closed = f"cannot submit to {self.name}: {reason}"
+            # the words in brackets are those of the standard library, by which clients know it
+            self.closed = f"cannot submit to {self.name}: {reason} (cannot schedule new futures after shutdown)"
 
     def finish(self) -> None:
         """Let what was submitted be done, then end the workers; return at once."""
@@ -10597,6 +10756,7 @@ class _Pool:
         if next(self.once) == 0:
             if self.keeper is not None:
                 self.keeper.end()
+            self.failures.end()
             for backend in [*self.backends, *self.down]:
                 backend.finish()
 
@@ -10755,6 +10915,7 @@ class _Pool:
             self.keeper.end()
         self.setup = None               # and the descriptors that it holds
         self.kind.tear_down(self)
+        self.failures.end()
 
     def abandon(self) -> None:
         """Be of no use in a forked child: its workers are the parent's. Nobody waits here, no lock is sure."""
@@ -10920,6 +11081,11 @@ class _Handle:
         @property
         def _pool(self) -> _Pool: ...
 
+    @property
+    def _seen(self) -> _Pool:
+        """The pool, to be looked at only."""
+        return self._pool
+
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         future = self._pool.submit(method, args, kwargs)
         return future.result() if self._pool.options.blocking else future
@@ -10973,11 +11139,11 @@ class _Handle:
     @property
     def limits(self) -> LimitSet | LimitPool:
         """What `self.limits` is in all its workers: a LimitSet or a LimitPool."""
-        return self._pool.recipe.limits
+        return self._seen.recipe.limits
 
     def get_pool_stats(self) -> dict[str, Any]:
         """Return a dict: workers, restarts, calls dispatched and how they are spread."""
-        return self._pool.stats()
+        return self._seen.stats()
 
     def stats(self) -> dict[str, Any]:
         """Return what has become of the calls, as a dict; under "workers" the same by the name of each that is there.
@@ -10992,7 +11158,7 @@ class _Handle:
             and from their submission (the end of the last future among their arguments) to their beginning; in ray
             mode without those that ended with their actor.
         """
-        return self._pool.tallies()
+        return self._seen.tallies()
 
     def dump(self, file: TextIO | None = None) -> None:
         """Print what each worker does, for how long, and where it is, to a text file (None: standard error).
@@ -11004,7 +11170,7 @@ class _Handle:
         """
         file = sys.stderr if file is None else file
         if file is not None:            # there may be no standard error
-            self._pool.dump(file)
+            self._seen.dump(file)
 
     def __enter__(self) -> Self:
         return self
@@ -11032,7 +11198,9 @@ class _Handle:
         self._pool._let_go()
 
     def __getattr__(self, name: str) -> Callable[..., BaseFuture[Any]]:
-        _check_method(self._pool.recipe.cls, name, dir(type(self)))
+        cls = self._seen.recipe.cls
+        _check_method(cls, name, dir(type(self)))
+        _refuse_generator(getattr(cls, name))
         return functools.partial(self._call, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -11042,13 +11210,13 @@ class _Handle:
         raise AttributeError(f"{name!r} cannot be deleted")
 
     def __dir__(self) -> list[str]:
-        names = {name for name, _ in _definitions(self._pool.recipe.cls) if not name.startswith("_")}
+        names = {name for name, _ in _definitions(self._seen.recipe.cls) if not name.startswith("_")}
         return sorted(names.union(super().__dir__()))
 
     def __repr__(self) -> str:
-        options = self._pool.options
-        return (f"<{self._pool.name} handle: {options.mode.value}, {len(self._pool.backends)} of "
-                f"{options.max_workers} workers, {len(self._pool.calls)} calls{', stopped' * bool(self._pool.closed)}>")
+        pool, options = self._seen, self._seen.options
+        return (f"<{pool.name} handle: {options.mode.value}, {len(pool.backends)} of "
+                f"{options.max_workers} workers, {len(pool.calls)} calls{', stopped' * bool(pool.closed)}>")
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         import pickle
@@ -11060,7 +11228,7 @@ def _is_interrupt(kind: type[BaseException] | None) -> bool:
 
 
 def _option_reader(name: str) -> Callable[[Any], Any]:
-    return lambda self: getattr(self._pool.options, name)
+    return lambda self: getattr(self._seen.options, name)
 
 
 for _name in _OPTIONS.keys() - {"limits"}:
@@ -11076,13 +11244,19 @@ def _check_method(cls: type, name: str, others: Iterable[str] = ()) -> None:
         return
     if value is not _UNSET or any(name in getattr(base, "__annotations__", ()) for base in cls.__mro__):
         raise AttributeError(f"{name!r} is data of {cls.__name__}: only methods can be called from outside")
+    if name in ("submit", "map"):
+        raise AttributeError(f"{cls.__name__} has no method {name!r}, which is for functions (Executor, TaskWorker, "
+                             f"@task): call the methods of {cls.__name__} on the handle")
     known = [known for known in {*dict(_definitions(cls)), *others} if not known.startswith("_")]
     raise AttributeError(f"{cls.__name__} has no method {name!r}{_nearest(name, known)}")
 
 
 def _proxy(name: str, method: Any) -> Any:
     def proxy(self: _Handle, /, *args: Any, **kwargs: Any) -> Any:
+        if is_generator:
+            _refuse_generator(method)
         return self._call(name, args, kwargs)
+    is_generator = bool(_code_flags(method) & 0x220)
     try:
         return functools.wraps(method)(proxy)
     except (AttributeError, TypeError):
@@ -11095,9 +11269,9 @@ def _refusal(name: str) -> property:
     return property(refuse)
 
 
-def _handle_type(cls: type) -> type[_Handle]:
+def _handle_type(cls: type, is_bound: bool) -> type[_Handle]:
     """Make the class of the handles of a worker class: its public names first, but for `stop`."""
-    base = _TaskHandle if issubclass(cls, TaskWorker) else _Handle
+    base = _Handle if not issubclass(cls, TaskWorker) else _FunctionHandle if is_bound else _TaskHandle
     annotated = {name for parent in cls.__mro__ for name in getattr(parent, "__annotations__", ())}
     names = {name for name, _ in _definitions(cls)} | {name for name in annotated if hasattr(base, name)}
     proxies = {}
@@ -11109,23 +11283,46 @@ def _handle_type(cls: type) -> type[_Handle]:
 
 
 class _TaskHandle(_Handle, concurrent.futures.Executor):
-    """The handle of a TaskWorker: a concurrent.futures.Executor, or a function if one is bound."""
+    """The handle of a TaskWorker: a concurrent.futures.Executor."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_pool":
+            super().__setattr__(name, value)
+        object.__setattr__(self, name, value)       # as clients of executors do; options stay as they are
+
+    def __delattr__(self, name: str) -> None:
+        if name == "_pool":
+            super().__delattr__(name)
+        object.__delattr__(self, name)
+
+    @property
+    def _max_workers(self) -> int:
+        """How many workers there are, as clients of the standard library's executors ask it."""
+        return self._seen.options.max_workers       # type: ignore[no-any-return]
+
+    def _check(self, fn: Any, kwargs: Mapping[str, Any] = types.MappingProxyType({})) -> None:
+        """Raise TypeError for a generator function; ValueError for one that could not say what it uses of a rate."""
+        _refuse_generator(fn)
+        rates = self._pool.rates
+        if rates and "limits" not in kwargs and _parameter_place(fn, "limits", True) is None:
+            raise ValueError(f"{getattr(fn, '__name__', fn)}() cannot be called within the rate limit {rates[0]!r}: "
+                             f"only it knows how much it takes; give it a parameter `limits`, and acquire there")
 
     def submit(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call `fn(*args, **kwargs)` in a worker; return its future (its result when blocking).
 
-        `submit(fn, ...)`, or `submit(...)` when a function is bound.
+        `submit(fn, ...)`, or `submit(...)` when a function is bound. A parameter of it that is named `limits` gets the
+        worker's limits, unless it is given, or has a default and there are none. A function without one is called
+        within `limits.acquire()`, each attempt of it. Raises TypeError for a generator function; ValueError for one
+        without `limits` where there is a RateLimit: only the function would know the amount.
         """
         if self._pool.bound is not None:
+            self._check(self._pool.bound, kwargs)
             return self._call("__call__", args, kwargs)
         if not args or not callable(args[0]):
             raise TypeError(f"submit() needs a function first{f', not {args[0]!r}' if args else ''}")
+        self._check(args[0], kwargs)
         return self._call("submit", args, kwargs)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        if self._pool.bound is None:
-            raise TypeError("no function is bound to this worker: use submit(fn, ...), or init(fn=...)")
-        return self._call("__call__", args, kwargs)
 
     def map(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, /, *args: Any, timeout: float | None = None, chunksize: int = 1, buffersize: int | None = None,
@@ -11138,8 +11335,8 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
 
         timeout: seconds from this call after which waiting raises TimeoutError; None: never.
         chunksize: so many items travel together, in one place of the queue.
-        buffersize: at most so many items are in flight, and the input is read as results are taken;
-            None: all items are submitted now.
+        buffersize: at most so many items are in flight, those of chunks, too, which are smaller then, if need be; the
+            input is read as results are taken. None: all items are submitted now.
         progress: as that of `wait`.
         """
         fn = self._pool.bound
@@ -11147,14 +11344,24 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
             if not args or not callable(args[0]):
                 raise TypeError(f"map() needs a function first{f', not {args[0]!r}' if args else ''}")
             fn, *args = args        # type: ignore[assignment]
-        _parse("chunksize", chunksize, {"chunksize": _whole(1, none=False)})
-        _parse("buffersize", buffersize, {"buffersize": _whole(1)})
+        self._check(fn)
+        chunksize = _parse("chunksize", chunksize, {"chunksize": _whole(1, none=False)})
+        buffersize = _parse("buffersize", buffersize, {"buffersize": _whole(1)})
         items: Iterator[Any] = zip(*args)
-        is_spread = self._pool.bound is not None and len(args) == 1 and not _takes_one(fn)
+        is_spread = self._pool.bound is not None and len(args) == 1 and not _takes_one(
+            fn, self._pool.recipe.limits is not _UNLIMITED)
         if is_spread:
             items = (item[0] if isinstance(item[0], tuple) else item for item in items)
         return _Map(self._pool, None if fn is self._pool.bound else self._pool.kind.shared(fn), items,
                     is_spread, timeout, chunksize, buffersize, progress, _total_of(args)).results()
+
+
+class _FunctionHandle(_TaskHandle):
+    """The handle of a TaskWorker to which a function is bound: it can be called."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        self._check(self._pool.bound, kwargs)
+        return self._call("__call__", args, kwargs)
 
 
 def _total_of(iterables: Iterable[Any]) -> int | None:
@@ -11164,11 +11371,12 @@ def _total_of(iterables: Iterable[Any]) -> int | None:
     return None
 
 
-def _takes_one(fn: Callable[..., Any]) -> bool:
-    """Tell whether the function can be called with one positional argument."""
+def _takes_one(fn: Callable[..., Any], has_limits: bool) -> bool:
+    """Return whether the function can be called with one positional argument, and `limits` where it gets them."""
     import inspect
+    place = _parameter_place(fn, "limits", has_limits)
     try:
-        inspect.signature(fn).bind(None)
+        inspect.signature(fn).bind(None, **({"limits": None} if place else {}))
     except TypeError:
         return False
     except ValueError:          # it has no signature
@@ -11184,7 +11392,7 @@ class _Map:
         self.items: Iterator[Any] | None        # None after their end
         self.pool, self.fn, self.items, self.is_ragged = pool, fn, items, is_ragged
         self.timeout, self.deadline = timeout, _deadline(timeout)
-        self.chunksize = 1 if pool.runs_inline else chunksize
+        self.chunksize = 1 if pool.runs_inline else chunksize if buffersize is None else min(chunksize, buffersize)
         # futures; at the end what reading the input raised
         self.flying: collections.deque[Any] = collections.deque()
         self.tracked = _tracked(progress, total, self.flying)
@@ -11228,24 +11436,35 @@ class _Map:
         try:
             with self.tracked:
                 while self.flying:
-                    future = self.flying[0]
-                    if not isinstance(future, concurrent.futures.Future):
-                        raise future
-                    result = future.result(_left(self.deadline))
-                    self.flying.popleft()
-                    del future              # the result is the caller's alone
+                    values = self.take()
                     self.launch()
                     if self.chunksize == 1:
-                        yield result
+                        yield values.pop()          # kept by nobody here
                     else:
-                        yield from result
-                    del result
+                        yield from values
         finally:
             self.cancel()
+
+    def take(self) -> Any:
+        """Return the next result in a list, or the outcomes of the next chunk; wait as needed."""
+        future = self.flying[0]
+        try:
+            if not isinstance(future, concurrent.futures.Future):
+                raise future
+            if self.deadline is not None and not future.done():
+                _run(_settled_of({future}, ALL_COMPLETED), _left(self.deadline))
+                if not future.done():
+                    raise TimeoutError(f"map() has not had all its results within {self.timeout:g} seconds")
+            result = future.result()
+            self.flying.popleft()
+            return result if self.chunksize > 1 else [result]
+        finally:
+            del future                  # no cycle through the traceback
 
     def cancel(self) -> None:
         for future in self.flying:
             if isinstance(future, concurrent.futures.Future):
+                _ask_for(future)
                 future.cancel()
         self.flying.clear()
 
@@ -11258,13 +11477,11 @@ class _Outcomes:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the values; raise the error where there is one. The chunk is used up by it."""
-        if not self.errors:
-            yield from self.values
-            return
-        for n, value in enumerate(self.values):
+        self.values.reverse()
+        for n in range(len(self.values)):
             if n in self.errors:
                 raise self.errors.pop(n)
-            yield value
+            yield self.values.pop()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_outcomes, (self.values, {n: _dump_error(error) for n, error in self.errors.items()})
@@ -11354,7 +11571,7 @@ def _open(cls: type, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[
         _check_model(cls, options.mode)
     pool = _Pool(_Recipe(cls, args, kwargs, fn, options), options)
     pool.start()
-    return _handle_type(cls)(pool)
+    return _handle_type(cls, fn is not None)(pool)
 
 
 def _is_model(cls: type) -> bool:
@@ -11407,6 +11624,12 @@ class _Builder:
         does not know.
         """
         return _open(self._cls, self._given, args, kwargs)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(f"{name!r} is looked for before the worker is there: options() only chooses, call "
+                             f".init(...) on what it returns, for a handle")
 
     def __repr__(self) -> str:
         return f"<builder of {self._cls.__name__}: {self._given}>"
@@ -11503,14 +11726,18 @@ def _make_object(cls: type, make: Callable[..., Any], args: tuple[Any, ...], kwa
         _here.made = id(made)
         _give_limits(made, recipe.limits)
         return made
-    if getattr(cls, "_auto_init", False):
+    if getattr(cls, "_auto_init", False) and _here.plain is not cls:
         return _init(cls, *args, **kwargs)
     return _make_plain(cls, make, args, kwargs)
 
 
 def _make_plain(cls: Any, make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if make is not object.__new__:
-        return make(cls, *args, **kwargs)
+        around, _here.plain = _here.plain, cls      # a base's `__new__` may be one of these, too
+        try:
+            return make(cls, *args, **kwargs)
+        finally:
+            _here.plain = around
     if (args or kwargs) and cls.__init__ is object.__init__:
         raise TypeError(f"{cls.__name__}() takes no arguments")
     return make(cls)
@@ -11654,9 +11881,10 @@ class TaskWorker(Worker):
         @classmethod
         def init(cls, *args: Any, **kwargs: Any) -> Any: ...
 
+    _place: tuple[Any, int | None] = _nothing, None     # see _limits_place
+
     def __init__(self, fn: Callable[..., Any] | None = None) -> None:
         self._fn: Any = fn
-        self._wants_limits = _parameter_place(fn, "limits", self.limits is not _UNLIMITED)
 
     @classmethod
     def _bound_function(cls, *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
@@ -11668,13 +11896,32 @@ class TaskWorker(Worker):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the function here."""
-        return fn(*args, **kwargs)
+        return self._apply(fn, args, kwargs)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        place = self._wants_limits
-        if place is not None and "limits" not in kwargs and len(args) <= place:
-            kwargs["limits"] = self.limits
-        return self._fn(*args, **kwargs)
+        return self._apply(self._fn, args, kwargs)
+
+    def _apply(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function: one with a parameter `limits` gets them, any other is called within them."""
+        limits = self.limits
+        if "limits" in kwargs:
+            return fn(*args, **kwargs)
+        place = self._limits_place(fn)
+        if place is not None:
+            return fn(*args, **kwargs, **({"limits": limits} if len(args) <= place else {}))
+        return fn(*args, **kwargs) if limits is _UNLIMITED else _within(limits, fn, args, kwargs)
+
+    def _limits_place(self, fn: Any) -> int | None:
+        """Return what _parameter_place does for `limits`; what takes long is kept while the function is the same."""
+        code = _code_of(fn)
+        if code is not None and "limits" not in code.co_varnames and not hasattr(fn, "__wrapped__"):
+            return None
+        known, place = self._place
+        if known() is not fn:
+            place = _parameter_place(fn, "limits", self.limits is not _UNLIMITED)
+            if type(fn).__weakrefoffset__:
+                object.__setattr__(self, "_place", (weakref.ref(fn), place))
+        return place
 
     def _chunk(self, fn: Any, items: Any) -> Any:
         """Call the function with each item; what one raises is that item's alone.
@@ -11683,41 +11930,41 @@ class TaskWorker(Worker):
         """
         if type(items) is tuple:
             items = list(zip(*items))
-        is_async = _is_async(fn or self._fn)        # self: it has no retries of its own, and adds the limits
-        if fn is None:
-            fn = self._fn if self._wants_limits is None else self
+        fn = fn or self._fn
+        is_async, is_plain = _is_async(fn), self.limits is _UNLIMITED and self._limits_place(fn) is None
+        call = fn if is_plain else lambda *item: self._apply(fn, item, {})
         values: list[Any]
         errors: dict[int, Any]
         values, errors, runner = [], {}, _runner_of(self)
         if is_async:
-            return self._chunk_async(fn, items, values, errors, [])
-        first = [_attempt(fn, items[0], {})]        # made already, for it may be a coroutine all the same
+            return self._chunk_async(fn, call, items, values, errors, [])
+        first = [_attempt(call, items[0], {})]      # made already, for it may be a coroutine all the same
         if isinstance(first[0][1], types.CoroutineType):
-            return self._chunk_async(fn, items, values, errors, [first[0][1]])
+            return self._chunk_async(fn, call, items, values, errors, [first[0][1]])
         for item in items:
             if not first and runner is None:        # a fast way for the most
                 try:
-                    values.append(fn(*item))
+                    values.append(call(*item))
                 except BaseException as error:
                     errors[len(values)] = _without_our_frame(error)
                     values.append(None)
                 continue
 
             def run(item: Any = item) -> tuple[str, Any]:
-                return first.pop() if first else _attempt(fn, item, {})
+                return first.pop() if first else _attempt(call, item, {})
             kind, value = run() if runner is None else runner.again("submit", (fn, *item), {}, run)
             if kind is _ERROR:
                 errors[len(values)] = value
             values.append(None if kind is _ERROR else value)
         return _Outcomes(values, errors)
 
-    async def _chunk_async(self, fn: Any, items: list[Any], values: list[Any], errors: dict[int, Any],
-                           first: list[Any]) -> _Outcomes:
+    async def _chunk_async(self, fn: Any, call: Callable[..., Any], items: list[Any], values: list[Any],
+                           errors: dict[int, Any], first: list[Any]) -> _Outcomes:
         runner = _runner_of(self)
         for item in items:
             async def run(item: Any = item) -> tuple[str, Any]:
                 try:
-                    coroutine = first.pop() if first else fn(*item)
+                    coroutine = first.pop() if first else call(*item)
                 except BaseException as error:
                     return _ERROR, _without_our_frame(error)
                 return await _captured(coroutine)
@@ -11734,10 +11981,36 @@ class TaskWorker(Worker):
         return call.method in ("submit", "_chunk") and _is_async(call.args[0] or self._fn)
 
 
+def _within(limits: LimitSet | LimitPool, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function within limits that it knows nothing of; a coroutine has them until its end."""
+    if _is_async(fn):
+        return _within_async(limits, fn, args, kwargs)
+    acquired, result = limits.acquire(), None
+    try:
+        result = fn(*args, **kwargs)
+    finally:
+        if not isinstance(result, types.CoroutineType):
+            acquired.release()
+    return _released_after(acquired, result) if isinstance(result, types.CoroutineType) else result
+
+
+async def _within_async(limits: LimitSet | LimitPool, fn: Callable[..., Any], args: tuple[Any, ...],
+                        kwargs: dict[str, Any]) -> Any:
+    async with limits.async_acquire():
+        return await fn(*args, **kwargs)
+
+
+async def _released_after(acquired: _Acquisition | _Free, coroutine: Awaitable[Any]) -> Any:
+    try:
+        return await coroutine
+    finally:
+        acquired.release()
+
+
 def _parameter_place(fn: Any, name: str, optional: bool) -> int | None:
     """Return how many positional arguments come before a parameter, required or `optional`; None if there is none."""
-    code = getattr(fn, "__code__", None)
-    if fn is None or code is not None and name not in code.co_varnames:
+    code = _code_of(getattr(fn, "__init__", None) if isinstance(fn, type) else fn)
+    if code is None or name not in code.co_varnames and not hasattr(fn, "__wrapped__"):
         return None
     if isinstance(fn, functools.partial) and name in fn.keywords:
         return None
@@ -11780,7 +12053,7 @@ def Executor(mode: ExecutionMode | str, max_workers: int | None = None, **option
     return _open(TaskWorker, _parse_all(given), (), {}, sized=True)
 
 
-class _TaskFunction(_TaskHandle):
+class _TaskFunction(_FunctionHandle):
     """A function under `@task`: the handle of a TaskWorker bound to it, which starts at the first call."""
 
     if TYPE_CHECKING:
@@ -11791,11 +12064,14 @@ class _TaskFunction(_TaskHandle):
         _is_started: bool
         __name__: str
 
-    __setattr__: Any = object.__setattr__        # a function has attributes
-
     def __init__(self, fn: Callable[..., Any], given: dict[str, Any]) -> None:
         if not callable(fn):
             raise TypeError(f"@task needs a function, not {fn!r}")
+        cls, _, name = getattr(fn, "__qualname__", "").rpartition(".")
+        first = getattr(_code_of(fn), "co_varnames", ())[:1]
+        if cls and not cls.endswith("<locals>") and first in (("self",), ("cls",)):
+            raise TypeError(f"@task is for functions, and {cls}.{name} is a method: make {cls} a worker, with "
+                            f"@worker(mode=...), or the function a static method that is given what it needs")
         self.__dict__.update(_fn=fn, _given=given, _making=threading.RLock(), _made=None, _is_started=False)
         functools.update_wrapper(self, fn)
 
@@ -11804,8 +12080,21 @@ class _TaskFunction(_TaskHandle):
         if self._made is None:
             with self._making:
                 if self._made is None:
-                    self.__dict__["_made"] = self._make_pool()
+                    pool = self._make_pool()
+                    weakref.finalize(self, pool.finish).atexit = False      # type: ignore[misc]
+                    self.__dict__["_made"] = pool
         return self._made
+
+    @property
+    def _seen(self) -> _Pool:           # before the first call: one as it would be now
+        return self._made or self._make_pool()
+
+    @property
+    def limits(self) -> LimitSet | LimitPool:
+        """What a parameter `limits` of the function gets: a LimitSet or a LimitPool."""
+        if self._made is None and isinstance(self._given.get("limits"), tuple):
+            self._given["limits"] = _limits_for_worker(self._given["limits"])       # the set that there will be
+        return self._seen.recipe.limits
 
     def _make_pool(self) -> _Pool:
         given = dict(self._given)
@@ -11813,9 +12102,7 @@ class _TaskFunction(_TaskHandle):
         if mode is not None and mode not in _ONE_WORKER:
             given.setdefault("on_demand", global_config.get_defaults(mode)["task_decorator_on_demand"])
         options = _Options(given, sized=True)
-        pool = _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn, options), options)
-        weakref.finalize(self, pool.finish).atexit = False      # type: ignore[misc]
-        return pool
+        return _Pool(_Recipe(TaskWorker, (self._fn,), {}, self._fn, options), options)
 
     def _start(self) -> None:
         pool = self._pool
@@ -11986,6 +12273,7 @@ def run_in_subprocess(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _
     backend: Any = pool.backends[0]
     try:
         future = pool.submit("submit", (_AsProcess(fn), *args), kwargs)
+        _ask_for(future)                # its exit code tells, too
     finally:
         backend.is_finishing = True     # no other process takes its place
         pool.finish()
