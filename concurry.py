@@ -6449,7 +6449,8 @@ def _as_it_is(portable: Any, error: BaseException) -> Any:
                 and all(type(arg) in plain for arg in error.args)):
             return data, buffers
         back = _loads(data, _copies(buffers))
-        if _is_same(back, error, data) or getattr(portable, "lost", None) and type(back) is type(error) and str(back):
+        has_lost = getattr(portable, "lost", None) and type(back) is type(error) and str(back) is not None
+        if has_lost or _is_same(back, error, data):
             return data, buffers
     except BaseException:               # loading runs code of the user's
         pass
@@ -12401,6 +12402,8 @@ workers, and print a result a line, in order, as they come.
   --mode MODE       process (the default), thread, asyncio, sync or ray
   --max-workers N   4, of threads 24
   --unordered       print each result as soon as it is there
+  --null, --print0  records that end in NUL instead of lines: read (also -0),
+                    or printed
   --json            lines are JSON, and so are results
   --keep-going      go on after a line that failed; with --json a line
                     {"error": ..., "line": ...} stands in its place
@@ -12427,7 +12430,7 @@ def _arguments() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     mapping.add_argument("-e", dest="expression")
     for name in ("--mode", "--max-workers", "--retries", "--timeout", "--limit"):
         mapping.add_argument(name)
-    for name in ("--unordered", "--json", "--keep-going"):
+    for name in ("--unordered", "--json", "--keep-going", "--null", "--print0"):
         mapping.add_argument(name, action="store_true")
     mapping.add_argument("--progress", action="store_true", default=_is_terminal(sys.stderr))
     mapping.add_argument("--no-progress", action="store_false", dest="progress")
@@ -12554,27 +12557,46 @@ def _call_limit(text: str) -> list[CallLimit]:
     return [CallLimit(float(number), float(window) if window[:1].isdigit() else window)]
 
 
-def _numbered_lines(names: list[Any]) -> Iterator[tuple[str | None, int, str]]:
-    """Yield (file or None, number, the line without its end) for the files, or standard input."""
-    for name in names or [None]:
+def _numbered_lines(chosen: Any) -> Iterator[tuple[str | None, int, str]]:
+    """Yield (file or None, number, the line without its end) for the files, or standard input.
+
+    A line ends at a line feed and nowhere else; a carriage return before that, and a byte order mark, are none of it.
+    """
+    with open(os.devnull) as file:
+        encoding = file.encoding
+    for name in chosen.names or [None]:
         is_stdin = name in (None, "-")
-        with open(0 if is_stdin else name, closefd=not is_stdin, errors="surrogateescape") as file:
-            for number, line in enumerate(file, 1):
-                yield name, number, line.rstrip("\n")
+        with open(chosen.stdin if is_stdin else name, "rb", closefd=not is_stdin) as file:
+            for number, line in enumerate(_records(file) if chosen.null else file, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.endswith(b"\n") and not chosen.null:
+                    line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
+                yield name, number, line.decode(encoding, "surrogateescape")
 
 
-def _count_lines(names: list[str]) -> int | None:
+def _records(file: Any) -> Iterator[bytes]:
+    """Yield what ends in NUL, as it comes, without that."""
+    rest = b""
+    for chunk in iter(functools.partial(file.read1, 1 << 16), b""):
+        *records, rest = (rest + chunk).split(b"\0")
+        yield from records
+    if rest:
+        yield rest
+
+
+def _count_lines(chosen: Any) -> int | None:
     """Return how many lines there are in the files; None for standard input, and for what is no plain file."""
-    if not names or not all(map(os.path.isfile, names)):
+    if not chosen.names or not all(map(os.path.isfile, chosen.names)):
         return None
-    count = 0
-    for name in names:
+    count, end = 0, b"\0" if chosen.null else b"\n"
+    for name in chosen.names:
         with open(name, "rb") as file:
-            last = b"\n"
+            last = end
             for chunk in iter(functools.partial(file.read, 1 << 20), b""):
-                count += chunk.count(b"\n")
+                count += chunk.count(end)
                 last = chunk
-            count += not last.endswith(b"\n")
+            count += not last.endswith(end)
     return count
 
 
@@ -12593,7 +12615,8 @@ class _LineMap:
         # what is to be yielded; at the end how many that are in all
         self.came: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # On a thread of its own, for standard input may be slow.
-        threading.Thread(target=self._submit_all, name="concurry lines", daemon=True).start()
+        chosen.thread = threading.Thread(target=self._submit_all, name="concurry lines", daemon=True)
+        chosen.thread.start()
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         seen, most = 0, math.inf
@@ -12605,11 +12628,12 @@ class _LineMap:
                 seen += 1
                 yield item
                 self.places.release()
+        self.chosen.thread.join()
 
     def _submit_all(self) -> None:
         count = 0
         try:
-            for *where, line in _numbered_lines(self.chosen.names):
+            for *where, line in _numbered_lines(self.chosen):
                 if self.chosen.json and not line.strip():
                     continue
                 self.places.acquire()
@@ -12640,17 +12664,18 @@ def _print_results(lines: _LineMap, chosen: Any) -> int:
     """Print what becomes of the lines; return the exit status."""
     status = 0
     beside = sys.stdout.isatty()                # then the bar has to make room for each result
-    total = _count_lines(chosen.names) if chosen.progress else None
+    encoding = sys.stdout.encoding or "utf-8"
+    total = _count_lines(chosen) if chosen.progress else None
     with ProgressBar(total=total, unit="lines", disable=not chosen.progress) as bar:
         aside = bar._screen.aside
 
         def write(text: str) -> None:
-            show = functools.partial(print, text, flush=True)
+            show = functools.partial(print, text, flush=True, end="\0" if chosen.print0 else "\n")
             aside(show) if beside else show()
         for where, future in lines:
             error = future if where is None else future.exception()
-            if error is None and not _can_be_written(future.result(), sys.stdout.encoding, "surrogateescape"):
-                error = ValueError(f"the result {future.result()!a} cannot be written as {sys.stdout.encoding}")
+            if error is None and not _can_be_written(future.result(), encoding, "surrogateescape"):
+                error = ValueError(f"the result {future.result()!a} cannot be written as {encoding}")
             if error is None:
                 write(future.result())
             else:
@@ -12658,7 +12683,7 @@ def _print_results(lines: _LineMap, chosen: Any) -> int:
                 name, number = where or (None, None)
                 place = "input" if where is None else f"{name}:{number}" if name else f"line {number}"
                 text = f"{type(error).__name__}: {error}"
-                aside(functools.partial(print, f"concurry: {place}: {text}", file=sys.stderr, flush=True))
+                aside(functools.partial(_complain, f"{place}: {text}"))
                 if where is None or not chosen.keep_going:
                     bar.failure()
                     break
@@ -12668,19 +12693,71 @@ def _print_results(lines: _LineMap, chosen: Any) -> int:
     return status
 
 
+def _complain(text: str) -> None:
+    if sys.stderr is not None:
+        print(f"concurry: {text}", file=sys.stderr, flush=True)
+
+
+class _OwnInput:
+    """Within it the lines come from standard input, and whoever else reads there finds nothing."""
+
+    def __init__(self, chosen: Any) -> None:
+        self.chosen = chosen
+
+    def __enter__(self) -> int | None:
+        self.before = sys.stdin
+        try:
+            self.lines: int | None = os.dup(0)
+            os.set_blocking(self.lines, True)
+        except OSError:                     # it is closed
+            self.lines = None
+            return None
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        sys.stdin = open(0, closefd=False)
+        return self.lines
+
+    def __exit__(self, *exc_info: object) -> None:
+        sys.stdin = self.before
+        if self.lines is not None:
+            os.dup2(self.lines, 0)
+            thread = getattr(self.chosen, "thread", None)
+            if thread is None or not thread.is_alive():         # else it may still be reading
+                os.close(self.lines)
+
+
+def _parsed(argv: Sequence[str]) -> tuple[Any, Any]:
+    """Return what was chosen, and the parser of the command."""
+    parser, mapping = _arguments()
+    if argv[:1] != ["map"]:
+        return parser.parse_args(argv), mapping
+    # For argparse what begins with a minus is an option, and with -0 among those so were each negative number.
+    words = ["--null" if word == "-0" else word for word in argv[1:]]
+    if "-e" in words[:-1]:
+        n = words.index("-e")
+        words[n:n + 2] = ["-e" + words[n + 1]] if words[n + 1].startswith("-") else words[n:n + 2]
+    return mapping.parse_intermixed_args(words), mapping
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     logger.addHandler(logging.NullHandler())        # what happens to a line is told line by line
-    parser, mapping = _arguments()
-    chosen = parser.parse_args(argv)
+    chosen, mapping = _parsed(sys.argv[1:] if argv is None else argv)
     if chosen.expression is None and not chosen.names:
         mapping.error("a CALLABLE or -e EXPRESSION is needed")
     sys.path.insert(0, os.getcwd())         # as `python3 -m` does, so that the user's modules are found
+    with _OwnInput(chosen) as chosen.stdin:
+        return _map_lines(chosen, mapping)
+
+
+def _map_lines(chosen: Any, mapping: argparse.ArgumentParser) -> int:
     try:
         pool = _open_pool(chosen, mapping)
         stream: Any
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="surrogateescape")    # names of files are bytes, and need not be text
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="surrogateescape")    # names of files are bytes, and need not be text
         try:
             return _print_results(_LineMap(pool, chosen), chosen)
         finally:
@@ -12692,7 +12769,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):
             return 0
-        print(f"concurry: the output cannot be written: {error}", file=sys.stderr)
+        _complain(f"the output cannot be written: {error}")
         return 1
 
 
@@ -12715,7 +12792,7 @@ def _open_pool(chosen: Any, mapping: argparse.ArgumentParser) -> Any:
         for name in chosen.names:
             if name != "-":
                 open(name).close()
-        if sys.stdout is None or sys.stdin is None and (not chosen.names or "-" in chosen.names):
+        if sys.stdout is None or chosen.stdin is None and (not chosen.names or "-" in chosen.names):
             raise ValueError(f"standard {'output' if sys.stdout is None else 'input'} is closed")
         given = {name: _parse(flag, getattr(chosen, flag.strip("-").replace("-", "_")), _FLAGS)
                  for flag, name in _FLAG_OPTIONS.items()}

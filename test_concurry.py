@@ -2182,8 +2182,7 @@ class RetryLoopTests(CleanTestCase):
         (_, error), _, made = self.play(retries_of(num_retries=2), errors)
         self.assertEqual((error, error.__context__, made), (errors[2], errors[1], 3))
         back = concurry._load_error(*concurry._dump_error(error))
-        self.assertIsInstance(back, RemoteError)        # what is frozen cannot be unpickled
-        self.assertIsInstance(back.__context__, RemoteError)
+        self.assertEqual((type(back), back.n, type(back.__context__), back.__context__.n), (Frozen, 2, Frozen, 1))
 
     def test_contexts_in_a_circle(self):
         error, other = KeyError(1), KeyError(2)
@@ -8605,13 +8604,27 @@ class ByValueErrorTests(ProgramCase):
         assert type(error) is MyError and error.args == (1, [2])
         text = str(error.__cause__)
         assert "deeper" in text and "direct cause" in text and "in throw" in text
-        for make, name in ((lambda: Needs(1, text="abc"), "Needs"), (Holds, "Holds"),
-                     (lambda: Changes("x"), "Changes"), (Exits, "Exits"), (lambda: Unprintable(1, 2), "Unprintable")):
+        class Odd(Exception):
+            def __new__(cls, *, number): return super().__new__(cls, number)
+            def __init__(self, *, number): pass
+        error = caught(lambda: Odd(number=7))       # what is left
+        assert type(error) is concurry.RemoteError and error.type_name == "__main__.Odd" and "in throw" in error.traceback
+        assert str(error) == "__main__.Odd: 7", error
+        # What its constructor demands, or changes, or what it holds, is no reason for another type.
+        for make in (lambda: Needs(1, text="abc"), Holds, lambda: Changes("x"), Exits, lambda: Unprintable(1, 2)):
             error = caught(make)
-            assert type(error) is concurry.RemoteError, error
-            assert error.type_name == "__main__." + name and "in throw" in error.traceback
-            assert name in str(error)
-        assert "abc" in str(caught(lambda: Needs(1, text="abc")))
+            assert type(error) is type(make()) and "in throw" in str(error.__cause__), error
+        error = caught(lambda: Needs(1, text="abc"))
+        assert (error.code, str(error), str(caught(lambda: Changes("x")))) == (1, "abc", "again: x")
+        class System(OSError):
+            def __init__(self, *, path): super().__init__(2, "no such"); self.path = path
+        error = caught(lambda: System(path="here"))
+        assert (type(error), error.errno, error.path) == (System, 2, "here")
+        error = caught(Holds)
+        assert not hasattr(error, "lock") and error.__notes__ == ["these members could not travel from the worker: lock"]
+        error = caught(lambda: ExceptionGroup("several", [Holds(), ValueError(1), ExceptionGroup("inner", [Odd(number=1)])]))
+        assert type(error) is ExceptionGroup and [type(each) for each in error.exceptions] == [Holds, ValueError, ExceptionGroup]
+        assert type(error.exceptions[2].exceptions[0]) is concurry.RemoteError
         assert caught(lambda: Attributes([1])).a == [1]
         assert type(caught(lambda: SystemExit(3))) is SystemExit
         error = caught(lambda: ValueError("x" * 200_000, b"y" * 100_000))
@@ -12401,7 +12414,7 @@ class CommandLineTests(ProgramCase):
         self.assertLess(max(map(len, lines)), 80)
         _, mapping = concurry._arguments()
         options = {option for action in mapping._actions for option in action.option_strings} - {"-h", "--help"}
-        self.assertEqual(options, set(re.findall(r"(?<![\w-])(-e|--[a-z-]+)", ended.stdout.partition("Exit")[0])))
+        self.assertEqual(options, set(re.findall(r"(?<![\w-])(-e|--[a-z0-9-]+)", ended.stdout.partition("Exit")[0])))
         self.assertEqual(len(re.findall(r"^  .*concurry map", ended.stdout, re.MULTILINE)), 3)
         version = subprocess.run([sys.executable, SOURCE, "--version"], capture_output=True, text=True, timeout=SAFETY)
         self.assertEqual(version.stdout, f"concurry {concurry.__version__}\n")
