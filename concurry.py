@@ -498,8 +498,7 @@ class _Config:
         return _config_of, ({name: settings._current() for name, settings in vars(self).items()},)
 
     def _copy(self) -> _Config:
-        make, args = self.__reduce__()
-        return make(*args)
+        return _config_of(*self.__reduce__()[1])
 
 
 def _config_of(tables: dict[str, dict[str, Any]]) -> _Config:
@@ -815,7 +814,11 @@ class BaseFuture(concurrent.futures.Future[T]):
             # Not asyncio.wrap_future: that waits for ever for a StopIteration.
             loop = asyncio.get_running_loop()
             woken: asyncio.Future[None] = loop.create_future()
-            wake = _OnLoop(loop, lambda future: woken.done() or woken.set_result(None))
+
+            def end(future: Any) -> None:
+                if not woken.done():
+                    woken.set_result(None)
+            wake = _OnLoop(loop, end)
             _attend(self, "_wakers", wake)
             try:
                 yield from woken
@@ -3570,7 +3573,7 @@ def _would_stall() -> bool:
     return loop is not None and loop not in _private_loops
 
 
-def _do_nothing(ticket: _Ticket) -> None:
+def _do_nothing(*args: object) -> None:
     pass
 
 
@@ -4276,8 +4279,8 @@ def _refuse_generator(fn: Any) -> None:
     flags = _code_flags(fn)
     if flags & 0x220 and not flags & 0x100:     # CO_GENERATOR, CO_ASYNC_GENERATOR; CO_ITERABLE_COROUTINE
         name = getattr(fn, "__name__", fn)
-        raise TypeError(f"{name}() is a generator function: its body would run in the caller that iterates over it, not "
-                        f"in the worker; return a list instead")
+        raise TypeError(f"{name}() is a generator function: its body would run in the caller that iterates over it, "
+                        f"not in the worker; return a list instead")
 
 
 def _definitions(cls: type) -> Iterator[tuple[str, Any]]:
@@ -6397,7 +6400,8 @@ class _Rebuilt:
     """An exception without its constructor, which may demand more than `args`; less the members that do not travel."""
 
     def __init__(self, error: BaseException) -> None:
-        self.cls, self.lost = type(error), []
+        self.lost: list[str] = []
+        self.cls = type(error)
         if isinstance(error, BaseExceptionGroup):
             self.args: Any = error.message, [_portable(each) for each in error.exceptions]
         else:
@@ -7015,7 +7019,7 @@ def _know_oneself(name: str) -> None:
     process.current_process().name = name
 
 
-def _know_parent(name: str, pid: int, authkey: bytes, tracker: int | None) -> None:
+def _know_parent(tracker: int | None, name: str, pid: int, authkey: bytes) -> None:
     """Have multiprocessing know the parent, have its key and its resource tracker.
 
     A tracker of the worker's own would unlink, at the worker's end, shared memory that others still use.
@@ -7368,7 +7372,7 @@ def _worker_main(connection: socket.socket) -> None:
         *_, data, buffers = _receive(connection)
         surroundings, parent = _loads(data, buffers)
         _settle_in(*surroundings)
-        _know_parent(*parent, tracker)
+        _know_parent(tracker, *parent)
         kind, _, data, buffers = _receive(connection)
         try:
             if recipe is None:
@@ -7409,11 +7413,12 @@ def _settle_in(path: list[str], directory: str, environment: dict[str, str], arg
 
 def _forget_half_imported() -> None:
     """Have modules imported again whose import was under way when this process was forked: nobody would end it here."""
-    from importlib import _bootstrap  # type: ignore[attr-defined]
+    import importlib
+    locks: Any = vars(importlib)["_bootstrap"]._module_locks
     for name, module in list(sys.modules.items()):
         if getattr(getattr(module, "__spec__", None), "_initializing", False):
             del sys.modules[name]
-            _bootstrap._module_locks.pop(name, None)
+            locks.pop(name, None)
 
 
 def _load(loads: Callable[..., T], *args: Any) -> T:
@@ -7684,7 +7689,7 @@ def _contain(error: BaseException, function: Any, args: tuple[Any, ...]) -> None
     """Fail the worker, or the call, for which the reader has done something that raised, and log it."""
     while isinstance(function, functools.partial):
         function, args = function.func, (*function.args, *args)
-    owner = getattr(function, "__self__", None)
+    owner: Any = getattr(function, "__self__", None)
     call = next((each for each in args if isinstance(each, (_Call, BaseFuture))), None)
     if call is not None and not isinstance(owner, _Backend):
         owner = call
@@ -7695,8 +7700,8 @@ def _contain(error: BaseException, function: Any, args: tuple[Any, ...]) -> None
             _fail_call(owner, error)
         elif isinstance(owner, BaseFuture):
             _settle_unbegun(owner, _ERROR, error)
-        elif hasattr(owner, "perish"):
-            owner.perish(error)
+        else:
+            getattr(owner, "perish", _do_nothing)(error)
     except BaseException:
         logger.exception("an error of concurry's own, while %r was given up", owner)
 
@@ -7748,7 +7753,7 @@ def _tracker(reader: _Reader) -> int | None:
         _interpreter()
     except (ImportError, RuntimeError):     # a Python without, or nothing to start it with
         return None
-    tracker: Any = resource_tracker._resource_tracker       # type: ignore[attr-defined]
+    tracker: Any = resource_tracker._resource_tracker
     with tracker._lock:
         if tracker._fd is None and reader.tracker is None:
             reader.tracker, tracker._fd = os.pipe()
@@ -7765,7 +7770,7 @@ def _start_tracker(reader: _Reader, events: int) -> None:
             code = f"from multiprocessing.resource_tracker import main;main({end})"
             # It ignores SIGINT and SIGTERM, once it has come so far.
             resource_tracker._resource_tracker._pid = _unsignalled(     # type: ignore[attr-defined]
-                util.spawnv_passfds, os.fsencode(_interpreter()), [     # type: ignore[attr-defined]
+                util.spawnv_passfds, os.fsencode(_interpreter()), [
                     _interpreter(), "-S", "-c", code], [end])
         finally:
             os.close(end)
@@ -7776,7 +7781,7 @@ def _give_up_tracker(reader: _Reader) -> None:
     if reader.tracker is None:
         return
     from multiprocessing import resource_tracker
-    tracker: Any = resource_tracker._resource_tracker       # type: ignore[attr-defined]
+    tracker: Any = resource_tracker._resource_tracker
     with tracker._lock:
         if not _readable(reader.tracker, timeout=0):
             os.close(tracker._fd)
@@ -7881,7 +7886,7 @@ class _Link:
         for key, (_, shown) in list(self.bars.items()):
             self.show(key, shown._replace(state="stopped"))
 
-    def end(self) -> None:
+    def bury(self) -> None:
         self.process.exitcode()
 
     def close(self) -> None:
@@ -8483,7 +8488,7 @@ class _ProcessBackend(_Backend):
         _in_any_case(
             *(functools.partial(_settle_unbegun, call.future, _ERROR, error) for call in sent),
             *(functools.partial(step, link) for link in links for step in (
-                self._unwatch, _Link.end, _Link.give_back, _Link.close)),
+                self._unwatch, _Link.bury, _Link.give_back, _Link.close)),
             functools.partial(_settle, self.started, _ERROR, error),
             functools.partial(self.pool.lose, self, error),
             functools.partial(self.reader.backends.discard, self),
@@ -9913,7 +9918,7 @@ class _RayWay(_Way):
     def take_over(self, limits: LimitSet) -> None:
         """Have the actor keep a set that is at home here."""
         self.tokens.add(limits._token)
-        weakref.finalize(limits, self.forget, limits._token).atexit = False     # type: ignore[misc]
+        weakref.finalize(limits, self.forget, limits._token).atexit = False
         limits._home.move(limits._token, self)
 
     def open(self, token: bytes, *state: Any) -> None:
@@ -11051,7 +11056,7 @@ class _Handle:
     def __init__(self, pool: _Pool) -> None:
         self.__dict__["_pool"] = pool
         # No `atexit`: at exit everything is finished by _finish_all, in the right order.
-        weakref.finalize(self, pool.finish).atexit = False      # type: ignore[misc]
+        weakref.finalize(self, pool.finish).atexit = False
 
     if TYPE_CHECKING:                   # the options, which are set below
         mode: ExecutionMode
@@ -12082,7 +12087,7 @@ class _TaskFunction(_FunctionHandle):
             with self._making:
                 if self._made is None:
                     pool = self._make_pool()
-                    weakref.finalize(self, pool.finish).atexit = False      # type: ignore[misc]
+                    weakref.finalize(self, pool.finish).atexit = False
                     self.__dict__["_made"] = pool
         return self._made
 
