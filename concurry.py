@@ -42,7 +42,7 @@ __all__ = [
     "as_completed", "async_gather", "async_wait", "gather", "global_config", "run_in_subprocess", "serve", "task",
     "temp_config", "wait", "worker", "wrap_future",
 ]
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 import atexit
 import bisect
