@@ -6633,7 +6633,7 @@ class _Process:
         if not self._is_reaped and self.sentinel is not None:
             try:
                 _send_signal(self, number)
-            except (ProcessLookupError, OSError, TypeError):     # it is gone; or closed since, by another thread
+            except (OSError, TypeError):        # it is gone; or was closed just now, by another thread
                 pass
 
     def halt(self) -> None:
@@ -7092,7 +7092,7 @@ def _end_process(code: int) -> NoReturn:
     """End the process: exit functions, for some seconds at most, and output; no waiting for the user's threads."""
     finish: Any
     try:
-        threading.Thread(target=_end_late, args=(code,), name="end of the process", daemon=True).start()
+        threading.Thread(target=_exit_late, args=(code,), name="end of the process", daemon=True).start()
     except RuntimeError:        # no more threads: the parent looks to the time, too
         pass
     for finish in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
@@ -7103,7 +7103,7 @@ def _end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _end_late(code: int) -> None:
+def _exit_late(code: int) -> None:
     time.sleep(_END_TIMEOUT)
     os._exit(code)
 
@@ -7394,7 +7394,7 @@ def _worker_main(connection: socket.socket) -> None:
             runner.close()
             _finish_all()               # the pools of its own
             _upstream.send(_message(_ENDING, (b"", [])))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         pass
 
 
@@ -7662,7 +7662,7 @@ class _Reader:
         try:
             function(*args)
         except BaseException as error:
-            if getattr(function, "__self__", None) is self:     # then it hears nobody any more
+            if function == self._answer_bell:       # then it hears nobody any more
                 raise
             _contain(error, function, args)
 
@@ -11575,7 +11575,10 @@ def _open(cls: type, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[
     _check_method_names(cls, given)
     if _is_model(cls):
         _check_model(cls, options.mode)
-    pool = _Pool(_Recipe(cls, args, kwargs, fn, options), options)
+    recipe = _Recipe(cls, args, kwargs, fn, options)
+    if sized and fn is None and options.name is None:
+        recipe.name = "Executor"
+    pool = _Pool(recipe, options)
     pool.start()
     return _handle_type(cls, fn is not None)(pool)
 
