@@ -9075,10 +9075,21 @@ def _fail_in(where):
 
 
 class Picky(Exception):
-    """An exception that cannot be made again from its `args`."""
+    """An exception that cannot be made again from its `args` by its constructor."""
 
     def __init__(self, code, *, text):
         super().__init__(text)
+        self.code = code
+
+
+class Odd(Exception):
+    """One that cannot be made again at all."""
+
+    def __new__(cls, *, text):
+        return super().__new__(cls, text)
+
+    def __init__(self, *, text):
+        pass
 
 
 class Holder(Exception):
@@ -9196,6 +9207,9 @@ class Patient(Worker):
 
     def throw_picky(self):
         raise Picky(3, text="the original text")
+
+    def throw_odd(self):
+        raise Odd(text="the original text")
 
     def result_with(self, what):
         return {"fine": 1, "inner": [0, what()]}
@@ -10889,10 +10903,12 @@ FAULTS = [
         lambda h: h.give(done_future(result=ExitsWhenLoaded())), WorkerDiedError, r"exit code 4.*give\(\)", deaths=1,
         check=lambda e: e.started)),
     Fault(10, "exception with needs", PROCESS, a_call(
-        lambda h: h.throw_picky(), RemoteError, "Picky: the original text", "in throw_picky",
-        check=lambda e: e.type_name.endswith("Picky") and "in throw_picky" in e.traceback)),
+        lambda h: h.throw_picky(), Picky, "^the original text$", "in throw_picky", check=lambda e: e.code)),
     Fault(10, "exception with a lock", PROCESS, a_call(
-        lambda h: h.throw(Holder), RemoteError, "Holder: held", "in throw")),
+        lambda h: h.throw(Holder), Holder, "^held$", "in throw", check=lambda e: "lock" in e.__notes__[0])),
+    Fault(10, "exception made oddly", PROCESS, a_call(
+        lambda h: h.throw_odd(), RemoteError, "Odd: the original text", "in throw_odd",
+        check=lambda e: e.type_name.endswith("Odd") and "in throw_odd" in e.traceback)),
     Fault(11, "constructor raises", MODES, a_constructor_raises),
     Fault(12, "constructor exits", BESIDE, a_constructor_exits),
     Fault(13, "no replacement starts", PROCESS, no_replacement_starts),
