@@ -11308,7 +11308,8 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
 
     def _check(self, fn: Any, kwargs: Mapping[str, Any] = types.MappingProxyType({})) -> None:
         """Raise TypeError for a generator function; ValueError for one that could not say what it uses of a rate."""
-        _refuse_generator(fn)
+        if type(fn) is not types.FunctionType or fn.__code__.co_flags & 0x220:      # the usual one is a plain function
+            _refuse_generator(fn)
         rates = self._pool.rates
         if rates and "limits" not in kwargs and _parameter_place(fn, "limits", True) is None:
             raise ValueError(f"{getattr(fn, '__name__', fn)}() cannot be called within the rate limit {rates[0]!r}: "
@@ -11912,7 +11913,7 @@ class TaskWorker(Worker):
 
     def _apply(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function: one with a parameter `limits` gets them, any other is called within them."""
-        limits = self.limits
+        limits = _limits_of.get(id(self), _WITHOUT)[0]
         if "limits" in kwargs:
             return fn(*args, **kwargs)
         place = self._limits_place(fn)
@@ -11922,7 +11923,7 @@ class TaskWorker(Worker):
 
     def _limits_place(self, fn: Any) -> int | None:
         """Return what _parameter_place does for `limits`; what takes long is kept while the function is the same."""
-        code = _code_of(fn)
+        code = fn.__code__ if type(fn) is types.FunctionType else _code_of(fn)
         if code is not None and "limits" not in code.co_varnames and not hasattr(fn, "__wrapped__"):
             return None
         known, place = self._place
