@@ -11359,8 +11359,10 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
             fn, self._pool.recipe.limits is not _UNLIMITED)
         if is_spread:
             items = (item[0] if isinstance(item[0], tuple) else item for item in items)
-        return _Map(self._pool, None if fn is self._pool.bound else self._pool.kind.shared(fn), items,
-                    is_spread, timeout, chunksize, buffersize, progress, _total_of(args)).results()
+        steps = _Map(self._pool, None if fn is self._pool.bound else self._pool.kind.shared(fn), items,
+                     is_spread, timeout, chunksize, buffersize, progress, _total_of(args))
+        steps.handle = self             # which lives as long as there is something to submit
+        return steps.results()
 
 
 class _FunctionHandle(_TaskHandle):
@@ -11393,6 +11395,8 @@ def _takes_one(fn: Callable[..., Any], has_limits: bool) -> bool:
 
 class _Map:
     """One `map`: what is in flight, in order, and where more comes from."""
+
+    handle: _Handle
 
     def __init__(self, pool: _Pool, fn: Any, items: Iterator[Any], is_ragged: bool, timeout: float | None,
                  chunksize: int, buffersize: int | None, progress: Any, total: int | None) -> None:

@@ -5059,6 +5059,11 @@ class FunctionTests:
         self.assertFalse(callable(self.pool))
         self.assertRaises(AttributeError, lambda: self.pool.sumbit)
 
+    def test_map_of_a_handle_that_nobody_else_has(self):
+        results = TaskWorker.options(mode=self.mode).init().map(square, range(5), buffersize=1)
+        gc.collect()
+        self.assertEqual(list(results), [0, 1, 4, 9, 16])
+
     def test_map(self):
         pool = self.pool
         self.assertEqual(list(pool.map(square, range(20))), [n * n for n in range(20)])
