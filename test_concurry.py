@@ -11521,7 +11521,7 @@ class RayTests(RayTestCase):
         self.assertEqual(api.keep(limits).result(SAFETY)["slots"]["in_use"], 1)
         self.assertIs(self.make(Api, limits=limits).own().result(SAFETY), limits)
         self.assertEqual(in_use(limits)["slots"], 0)
-        pool = self.make(TaskWorker, limits=[limits])
+        pool = self.make(TaskWorker)
         self.assertEqual(pool.submit(lambda: in_use(limits)["slots"]).result(SAFETY), 0)
         made_there = pool.submit(lambda: LimitSet([ResourceLimit("slots", 3)])).result(SAFETY)      # by a worker
         with made_there.acquire({"slots": 2}):
@@ -11664,7 +11664,9 @@ class RayTests(RayTestCase):
         running = worker.hold(started, go)
         started.wait()
         with self.log_of(level="ERROR"):
-            concurry._readers[os.getpid()].post(lambda: 1 / 0)
+            reader = concurry._readers[os.getpid()]
+            reader.selector.select = lambda timeout: 1 / 0
+            reader.post(int)
             self.assertIsInstance(running.exception(SAFETY), ZeroDivisionError)
             self.assertIsInstance(worker.pid().exception(SAFETY), ZeroDivisionError)
         self.assertTrue(self.make(Maker).pid().result(SAFETY))
