@@ -9461,12 +9461,12 @@ class _RayBackend(_Backend):
         _settle(self.ended, _RESULT, None)
 
     def perish(self, error: BaseException) -> None:
-        """Fail everything: the reader itself has failed."""
+        """Give the worker up: something of ours has failed. What was handed over fails, the rest is for others."""
         self.is_finishing = True
-        _kill_actor(self.actor)
-        self.pool.lose(self, error)
-        for call in list(self.calls):
+        for call in list(self.handed):
             _settle_unbegun(call.future, _ERROR, error)
+        self.pool.lose(self, error)
+        _kill_actor(self.actor)
         self._end()
 
 
