@@ -11696,7 +11696,8 @@ def _options(cls: type, **given: Any) -> _Builder:
     max_queued_tasks: unsettled calls per worker, beyond which submitting waits; None: unbounded.
     unwrap_futures: futures among the arguments become their results. Default True.
     limits: what `self.limits` is in all its workers: a LimitSet, shared with everyone who has it; a list
-        of limits, for a set of its own; a LimitPool, or a list of LimitSets. Default: none.
+        of limits, for a set of its own; a LimitPool, or a list of LimitSets. Default: none. A function with a
+        parameter `limits` gets them; another one is called within `limits.acquire()`.
     num_retries, retry_on, retry_algorithm, retry_wait, retry_max_wait, retry_jitter, retry_until: see RetryConfig.
     retry_config: a RetryConfig; what is given beside it wins.
     mp_context: in process mode "forkserver", "spawn" or "fork".
@@ -12381,7 +12382,11 @@ def _finish_together(pools: list[_Pool], timeout: float | None, hurry: BaseFutur
     for pool in pools:
         end: BaseFuture[Any] = BaseFuture()
         ends.add(end)
-        threading.Thread(target=_finish_for, args=(pool, end), name=f"end of {pool.name}", daemon=True).start()
+        try:
+            threading.Thread(target=_finish_for, args=(pool, end), name=f"end of {pool.name}", daemon=True).start()
+        except RuntimeError:            # no more threads: the interpreter's exit waits for it
+            pool.finish()
+            _settle(end, _RESULT, None)
     deadline = _deadline(timeout)
     while ends and not hurry.done():
         done, ends = _run(_settled_of({*ends, hurry}, FIRST_COMPLETED), _left(deadline))
