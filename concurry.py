@@ -4810,7 +4810,8 @@ class _Backend:
 
 def _patched_by() -> str | None:
     """Return what has replaced this program's threads, "gevent" or "eventlet"; None if they are threads."""
-    name = str(getattr(threading._start_new_thread, "__module__", "")).partition(".")[0]    # type: ignore[attr-defined]
+    import _thread
+    name = str(_thread.start_new_thread.__module__).partition(".")[0]
     return name if name in ("gevent", "eventlet") else None
 
 
