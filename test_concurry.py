@@ -5149,6 +5149,78 @@ class FunctionTests:
 over_modes(globals(), [FunctionTests])
 
 
+def numbers(*args):
+    yield 1
+
+
+async def numbers_async(*args):
+    yield 1
+
+
+class Numbers:
+    def __call__(self, *args):
+        yield 1
+
+    def each(self, *args):
+        yield 1
+
+
+class Yields(Worker):
+    """Methods whose bodies would run in whoever iterates over what they return, and one that does so itself."""
+
+    def each(self):
+        yield 1
+
+    async def each_async(self):
+        yield 1
+
+    @staticmethod
+    def static():
+        yield 1
+
+    @classmethod
+    async def of_class(cls):
+        yield 1
+
+    def listed(self):
+        return list(self.each())
+
+
+class GeneratorTests:
+    """4.8: the body of a generator function would run in the caller."""
+
+    def refused(self, name, call, *args):
+        with self.subTest(call=call), \
+                self.assertRaisesRegex(TypeError, rf"{name}\(\) is a generator function: its body would run in the caller"):
+            call(*args)
+
+    def test_methods(self):
+        worker = self.make(Yields)
+        for name in ("each", "each_async", "static", "of_class"):
+            self.refused(f"^{name}", lambda: getattr(worker, name)())
+        self.assertEqual(worker.listed().result(SAFETY), [1])
+
+    def test_functions(self):
+        pool = self.make(TaskWorker)
+        for fn in (numbers, numbers_async, Numbers(), Numbers().each, lambda *args: (yield),
+                   functools.partial(numbers, 1), functools.partial(functools.partial(numbers_async, 1), 2)):
+            self.refused("", pool.submit, fn)
+            self.refused("", pool.map, fn, [1])
+            self.refused("", functools.partial(pool.map, fn, [1, 2], chunksize=2))
+        if self.mode not in AWAY:               # a generator may be an argument
+            self.assertEqual(pool.submit(list, numbers()).result(SAFETY), [1])
+
+    def test_bound_functions(self):
+        for fn in (numbers, numbers_async, functools.partial(numbers, 1), Numbers()):
+            for bound in (self.make(TaskWorker, init={"fn": fn}), task(mode=self.mode)(fn)):
+                self.refused("", bound)
+                self.refused("", bound.submit)
+                self.refused("", bound.map, [1])
+
+
+over_modes(globals(), [GeneratorTests])
+
+
 def move_a_bar(desc, n, die=False):
     for x in ProgressBar(range(n), desc=desc):
         if die and x:
