@@ -5221,6 +5221,118 @@ class GeneratorTests:
 over_modes(globals(), [GeneratorTests])
 
 
+class ClientTests:
+    """6.1a: what clients of executors do with a handle of functions."""
+
+    def test_the_number_of_workers(self):
+        with Executor(self.mode) as pool:
+            self.assertEqual(pool._max_workers, pool.max_workers)
+        if self.mode in ("thread", "process"):
+            pool = self.make(TaskWorker, max_workers=2)
+            pool.resize(3)
+            self.assertEqual((pool._max_workers, pool.max_workers), (3, 3))
+
+    def test_attributes_are_set_and_deleted(self):
+        for pool in (self.make(TaskWorker), self.make(TaskWorker, square)):
+            pool.label = "mine"
+            self.assertEqual(pool.label, "mine")
+            del pool.label
+            self.assertRaises(AttributeError, lambda: pool.label)
+            kept = pool._pool
+            for name in ("mode", "blocking", "limits", "_max_workers", "_pool"):
+                self.assertRaises(AttributeError, setattr, pool, name, 1)
+                self.assertRaises(AttributeError, delattr, pool, name)
+            self.assertIs(pool._pool, kept)
+            self.assertEqual((pool.mode, pool._max_workers), (ExecutionMode(self.mode), 1))
+        self.assertRaises(AttributeError, setattr, self.make(Counter), "label", "mine")
+
+    def test_what_can_be_called(self):
+        self.assertFalse(callable(self.make(TaskWorker)))
+        with Executor(self.mode) as pool:
+            self.assertFalse(callable(pool))
+        self.assertTrue(callable(self.make(TaskWorker, init={"fn": square})))
+        self.assertTrue(callable(task(mode=self.mode)(square)))
+
+    def test_what_a_closed_one_raises(self):
+        async def in_executor(pool):
+            return await asyncio.get_running_loop().run_in_executor(pool, square, 3)
+        for end in (lambda pool: pool.shutdown(), lambda pool: pool.stop(), lambda pool: pool.shutdown(wait=False)):
+            pool, bound = self.make(TaskWorker), self.make(TaskWorker, square)
+            end(pool)
+            end(bound)
+            for refused in (lambda: pool.submit(square, 3), lambda: list(pool.map(square, [3])), lambda: bound(3),
+                            lambda: asyncio.run(in_executor(pool)), lambda: list(bound.map([3, 4], chunksize=2))):
+                self.assertRaisesRegex(RuntimeError, "cannot schedule new futures after shutdown", refused)
+
+    def test_what_it_raises_once_exit_has_begun(self):
+        """In a done-callback of a call that exit cancels, for it waits for somebody else's future."""
+        code = textwrap.dedent("""
+            import sys, threading
+            import concurry
+            pool = concurry.TaskWorker.options(mode=sys.argv[1]).init()
+            pool.submit(abs, 1).result()
+            def late(future):
+                for way in (lambda: pool.submit(abs, 1), lambda: list(pool.map(abs, [1]))):
+                    try: way()
+                    except RuntimeError as error:
+                        print("cannot schedule new futures after interpreter shutdown" in str(error))
+            # In sync mode the caller waits.
+            threading.Thread(target=pool.submit, args=(abs, concurry.BaseFuture()), daemon=True).start()
+            while not pool._pool.calls: pass
+            next(iter(pool._pool.calls)).future.add_done_callback(late)
+        """)
+        ended = run_script((Cluster.joining or "") + code, self.mode)
+        self.assertEqual(ended.stdout, "True\n" * 2)
+
+
+over_modes(globals(), [ClientTests])
+
+
+class WithPackagesTests(CleanTestCase):
+    """6.1a: packages that are given an executor."""
+
+    def test_dask(self):
+        dask = self.need("dask")
+        for mode, schedulers in (("thread", ["threads"]), ("process", ["threads", "processes"])):
+            pool = self.start(TaskWorker, mode=mode, max_workers=2)
+            values = [dask.delayed(square)(n) for n in range(10)]
+            total = dask.delayed(sum)(values)
+            self.assertEqual(dask.compute(*values, total, scheduler=pool), (*map(square, range(10)), 285))
+            for scheduler in schedulers:
+                with self.subTest(mode=mode, scheduler=scheduler):
+                    self.assertEqual(dask.compute(*values, total, scheduler=scheduler, pool=pool), (*map(square, range(10)), 285))
+                    with dask.config.set(pool=pool, scheduler=scheduler):
+                        self.assertEqual(total.compute(), 285)
+            self.assertGreater(pool.stats()["done"], 0)
+
+    def test_more_executors(self):
+        """A thread of theirs submits; where the handle is shut down it ends quietly, as with the standard library's."""
+        more = self.need("more_executors")
+        for mode, end in (("thread", "shutdown"), ("process", "stop")):
+            raised, tries = [], os.path.join(self.folder(), "tries")
+            pool = self.start(TaskWorker, mode=mode, max_workers=2)
+            retrying = more.RetryExecutor(pool, max_attempts=3, sleep=0)
+            timed = more.TimeoutExecutor(more.MapExecutor(retrying, lambda n: n * 10), timeout=SAFETY)
+            self.assertEqual([timed.submit(square, n).result(SAFETY) for n in range(3)], [0, 10, 40])
+            self.assertEqual(timed.submit(fail_twice, tries).result(SAFETY), 30)
+            self.assertIsInstance(timed.submit(square, "x").exception(SAFETY), TypeError)
+            with unittest.mock.patch.object(threading, "excepthook", raised.append):
+                getattr(pool, end)()
+                timed.submit(square, 3)
+                retrying._submit_thread.join(SAFETY)
+            self.assertEqual([hooked.exc_value for hooked in raised], [])
+            timed.shutdown()
+            self.assertEqual([thread for thread in threading.enumerate() if "Executor" in thread.name], [])
+
+
+def fail_twice(path):
+    with open(path, "a") as file:
+        file.write("x")
+    if os.path.getsize(path) < 3:
+        raise OSError("again")
+    return 3
+
+
 def move_a_bar(desc, n, die=False):
     for x in ProgressBar(range(n), desc=desc):
         if die and x:
