@@ -6498,6 +6498,170 @@ def inside_at_most(path):
 over_modes(globals(), [LimitedPoolTests], ["thread", "process", "ray"])
 
 
+class ReturnsHeld:
+    """Called it gives a coroutine, which nobody can tell before."""
+
+    def __call__(self, *args):
+        return hold_async(*args)
+
+
+async def hold_async(started, go, result="held"):
+    started.set()
+    await asyncio.to_thread(go.wait)
+    return result
+
+
+def logged(fn):
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        return fn(*args, **kwargs)
+    return wrapper
+
+
+def within_limits(x, limits):
+    with limits.acquire():
+        return x, in_use(limits)
+
+
+@logged
+def within_limits_logged(x, limits):
+    return within_limits(x, limits)
+
+
+async def within_limits_async(x, limits):
+    async with limits.async_acquire():
+        return x, in_use(limits)
+
+
+def any_keywords(x, **kwargs):
+    return x, kwargs
+
+
+class FunctionLimitTests:
+    """6.5a, for what calls one function at a time."""
+
+    def ways(self, fn, limits, **options):
+        """Yield (name, submit, map) for each kind of handle with these limits."""
+        single = {"max_workers": 1} if self.mode in ("thread", "process", "ray") else {}
+        executor = Executor(self.mode, limits=limits, **single, **options)
+        self.addCleanup(executor.stop, 5)
+        unbound = self.make(TaskWorker, limits=limits, **options)
+        for name, pool in (("Executor", executor), ("TaskWorker", unbound)):
+            yield name, functools.partial(pool.submit, fn), functools.partial(pool.map, fn)
+        decorated = task(mode=self.mode, limits=limits, **single, **options)(fn)
+        self.addCleanup(decorated.stop, 5)
+        for name, pool in (("bound", self.make(TaskWorker, limits=limits, init={"fn": fn}, **options)), ("@task", decorated)):
+            yield name, pool, pool.map
+            yield name, pool.submit, pool.map
+
+    def test_a_parameter_limits_gets_them(self):
+        for fn in (within_limits, within_limits_logged, within_limits_async, functools.partial(within_limits)):
+            limits = LimitSet([ResourceLimit("slots", 1)])
+            for name, submit, map in self.ways(fn, limits):
+                with self.subTest(name, fn=fn):
+                    self.assertEqual(submit(1).result(SAFETY), (1, {"slots": 1}))
+                    for chunksize in (1, 2):
+                        self.assertEqual(list(map([1, 2, 3], chunksize=chunksize)), [(n, {"slots": 1}) for n in (1, 2, 3)])
+            self.assertEqual(in_use(limits), {"slots": 0})
+
+    def test_a_parameter_limits_that_is_given_or_has_a_default(self):
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        for name, submit, map in self.ways(with_default_limits, limits):
+            with self.subTest(name):
+                self.assertEqual([submit(1, "given").result(SAFETY), submit(1, limits="given").result(SAFETY)], [(1, "given")] * 2)
+                self.assertEqual(list(map([1, 2], ["given"] * 2, chunksize=2)), [(1, "given"), (2, "given")])
+                self.assertEqual([type(got) for _, got in [submit(1).result(SAFETY), *map([1, 2])]], [LimitSet] * 3)
+        for name, submit, map in self.ways(with_default_limits, None):
+            with self.subTest(name, limits=None):
+                self.assertEqual([submit(1).result(SAFETY), *map([1, 2], chunksize=2)], [(1, "mine"), (1, "mine"), (2, "mine")])
+        for name, submit, map in self.ways(with_limits, None):      # one that has none gets those which are free
+            with self.subTest(name, limits=None):
+                self.assertEqual([submit(1).result(SAFETY), *map([1, 2], chunksize=2)], [(1, True), (1, True), (2, True)])
+
+    def test_a_function_without_one_runs_within_them(self):
+        """To its end, where it gives a coroutine, too."""
+        for fn in (hold, hold_async, ReturnsHeld()):
+            limits = LimitSet([ResourceLimit("slots", 1)])
+            for name, submit, map in self.ways(fn, limits):
+                for call in (lambda *args: submit(*args).result(), lambda *args: next(map(*zip(args), chunksize=1)),
+                             lambda *args: list(map(*zip(args, args), chunksize=2))[0]):
+                    with self.subTest(name, fn=fn):
+                        started, go = self.flag(), self.flag()
+                        held = in_thread(call, started, go)
+                        started.wait()
+                        within = in_use(limits)
+                        go.set()
+                        self.assertEqual((within, held.result(SAFETY)), ({"slots": 1}, "held"))
+                        # As soon as a result is seen, what its call held is free.
+                        self.assertEqual(in_use(limits), {"slots": 0})
+
+    def test_each_attempt_is_counted(self):
+        for fn in (square, square_async):
+            limits = LimitSet([CallLimit(1000, per="hour"), ResourceLimit("slots", 1)])
+            for name, submit, map in self.ways(fn, limits, num_retries=2, retry_wait=0):
+                with self.subTest(name, fn=fn):
+                    before = limits.get_stats()["call_count"]["granted"]
+                    self.assertEqual((submit(3).result(SAFETY), type(submit("x").exception(SAFETY))), (9, TypeError))
+                    for chunksize in (1, 2):
+                        self.assertRaises(TypeError, list, map([1, "x"], chunksize=chunksize))
+                    self.assertEqual(limits.get_stats()["call_count"]["granted"] - before, 3 * (1 + 3))
+                    self.assertEqual(in_use(limits)["slots"], 0)
+
+    def test_a_pool_of_sets(self):
+        sets = [LimitSet([ResourceLimit("slots", 1)]) for _ in range(2)]
+        for name, submit, map in self.ways(hold, sets):
+            with self.subTest(name):
+                started, go = self.flag(), self.flag()
+                held = in_thread(lambda *args: submit(*args).result(), started, go)
+                started.wait()
+                within = sorted(in_use(each)["slots"] for each in sets)
+                go.set()
+                self.assertEqual((within, held.result(SAFETY)), ([0, 1], "held"))
+                self.assertEqual([in_use(each)["slots"] for each in sets], [0, 0])
+
+    def test_rates_of_which_only_the_function_knows_how_much_it_takes(self):
+        rate = RateLimit("tokens", 100, per="hour")
+        for limits in ([rate, ResourceLimit("slots", 1)], [LimitSet([ResourceLimit("slots", 1)]), LimitSet([rate])]):
+            for name, submit, map in self.ways(square, limits):
+                for call in (lambda: submit(3), lambda: map([3]), lambda: map([3, 4], chunksize=2)):
+                    with self.subTest(name), self.assertRaisesRegex(ValueError, (
+                            r"^square\(\) cannot be called within the rate limit 'tokens': .* a parameter `limits`")):
+                        call()
+        for name, submit, map in self.ways(any_keywords, [rate]):
+            with self.subTest(name):
+                self.assertRaisesRegex(ValueError, "any_keywords", submit, 1)
+                self.assertEqual(submit(1, limits="given").result(SAFETY), (1, {"limits": "given"}))
+        for fn in (with_default_limits, within_limits_logged):
+            for name, submit, map in self.ways(fn, [rate]):
+                with self.subTest(name, fn=fn):
+                    self.assertEqual([submit(1).result(SAFETY)[0], *next(map([2]))[:1]], [1, 2])
+
+
+over_modes(globals(), [FunctionLimitTests], MODES)
+
+
+class FunctionLimitPoolTests:
+    """6.5a, where two workers would be inside."""
+
+    def test_never_more_than_the_capacity(self):
+        path, limits = os.path.join(self.folder(), "log"), LimitSet([ResourceLimit("slots", 1)])
+        pool = self.make(TaskWorker, max_workers=2, max_queued_tasks=None, limits=limits)
+        started, go = self.flag(), self.flag()
+        held = [pool.submit(fn, started, go) for fn in (hold, hold_async)]
+        self.addCleanup(go.set)
+        until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+        started.wait()
+        self.assertEqual((started.count(), in_use(limits)), (1, {"slots": 1}))
+        go.set()
+        self.assertEqual(gather(held, timeout=SAFETY), ["held", "held"])
+        list(pool.map(log_inside, [path] * 20))
+        list(pool.map(log_inside, [path] * 20, chunksize=5))
+        self.assertEqual((inside_at_most(path), os.path.getsize(path), in_use(limits)), (1, 80, {"slots": 0}))
+
+
+over_modes(globals(), [FunctionLimitPoolTests], ["thread", "process", "ray"])
+
+
 class LimitedTaskTests(CleanTestCase):
     def test_task(self):
         self.addCleanup(limited_task.stop)
