@@ -5023,6 +5023,17 @@ def broken_input():
     raise KeyError("input")
 
 
+class Sole:
+    """What can be referred to weakly."""
+
+    def __init__(self, n):
+        self.n = n
+
+
+def sole_unless_3(n):
+    return Sole(boom(n))
+
+
 def with_limits(x, limits):
     return x, limits.try_acquire({"x": 1}).successful
 
@@ -5098,6 +5109,38 @@ class FunctionTests:
         self.assertLessEqual(len(seen), 12)
         results.close()
 
+    def test_map_reads_its_sizes(self):
+        for options in ({"chunksize": "2"}, {"buffersize": "4"}, {"chunksize": "2", "buffersize": "4"}):
+            self.assertEqual(list(self.pool.map(square, range(5), **options)), [0, 1, 4, 9, 16], options)
+        self.assertRaisesRegex(ValueError, "chunksize='two'", self.pool.map, square, [1], chunksize="two")
+
+    def test_map_has_at_most_buffersize_items_in_flight(self):
+        """Those of chunks, too. A chunk that has come is in flight no more, though not all of it is yielded."""
+        for chunksize, buffersize in ((1, 2), (10, 2), (2, 5), (3, 4), (4, 4), (2, 1)):
+            with self.subTest(chunksize=chunksize, buffersize=buffersize):
+                results = self.pool.map(square, endless(seen := []), chunksize=chunksize, buffersize=buffersize)
+                self.assertIn(len(seen), range(1, buffersize + 1))
+                chunk = min(chunksize, buffersize)
+                for n in range(12):
+                    self.assertEqual(next(results), n * n)
+                    self.assertLessEqual(len(seen), (n // chunk + 1) * chunk + buffersize)
+                results.close()
+
+    def test_map_keeps_nothing_that_it_has_yielded(self):
+        """Nor when a later item of the chunk fails."""
+        for options in ({}, {"chunksize": 3}, {"buffersize": 2}, {"chunksize": 2, "buffersize": 4}, {"progress": True}):
+            with self.subTest(options), contextlib.redirect_stderr(io.StringIO()):
+                results, gone = self.pool.map(sole_unless_3, [0, 1, 2, 4, 5, 6, 7, 3], **options), []
+                for result in itertools.islice(results, 6):         # its end would take all with it
+                    reference = weakref.ref(result)
+                    del result
+                    if self.mode == "ray":      # where a future and its result are part of a cycle
+                        gc.collect()
+                    gone.append(reference() is None)
+                self.assertEqual(gone, [True] * 6)
+                next(results)
+                self.assertRaises(KeyError, next, results)
+
     def test_map_rejects_impossible_sizes(self):
         for options in ({"chunksize": 0}, {"chunksize": None}, {"buffersize": 0}, {"buffersize": 1.5}):
             name = next(iter(options))
@@ -5124,6 +5167,9 @@ class FunctionTests:
         self.assertEqual(list(self.make(TaskWorker, init={"fn": pow}).map(pairs)), [1, 81])
         self.assertEqual(list(self.make(TaskWorker, init={"fn": pow}).map(pairs, chunksize=2)), [1, 81])
         self.assertEqual(list(self.make(TaskWorker, init={"fn": len}).map(pairs)), [2, 2])
+        for limits, expected in ((None, True), ([ResourceLimit("x", 1)], True)):        # which are no argument of the caller's
+            pool = self.make(TaskWorker, limits=limits, init={"fn": with_limits})
+            self.assertEqual(list(pool.map(pairs)), [(pair, expected) for pair in pairs])
         self.assertEqual(list(self.make(TaskWorker, init={"fn": lambda a, b=0: (a, b)}).map(pairs)), [(p, 0) for p in pairs])
 
     def test_run_in_executor(self):
@@ -5472,6 +5518,15 @@ class MapRunningTests:
         self.go.set()
         self.assertEqual(held.result(SAFETY), "held")
         self.assertEqual(self.pool.submit(square, 3).result(SAFETY), 9)
+
+    def test_a_timeout_tells_the_seconds_that_were_given(self):
+        pool = self.make(TaskWorker, max_queued_tasks=None)
+        held = pool.submit(hold, self.started, self.go)
+        for options in ({}, {"chunksize": 2}, {"buffersize": 1}, {"buffersize": 4, "chunksize": 2}):
+            with self.assertRaisesRegex(TimeoutError, r"^map\(\) has not had all its results within 0\.05 seconds$"):
+                list(pool.map(square, range(4), timeout=0.05, **options))
+        self.go.set()
+        self.assertEqual(held.result(SAFETY), "held")
 
     def test_leaving_early_cancels_the_rest(self):
         pool, ran = self.make(TaskWorker, max_queued_tasks=None), self.flag()
