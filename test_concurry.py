@@ -5621,6 +5621,64 @@ class TaskTests(CleanTestCase):
                 return types.SimpleNamespace(successful="mine")
         self.assertEqual(limited(3, limits=Mine()).result(SAFETY), (3, "mine"))
 
+    def looked_at(self, function):
+        """Do with a task what looks harmless."""
+        function.dump(io.StringIO())
+        return (repr(function), dir(function), function.stats(), function.get_pool_stats(), function.max_workers,
+                function._max_workers, function.limits, function.mode, function.retry_wait, callable(function),
+                hasattr(function, "no_such"), inspect.signature(function))
+
+    def test_to_look_at_it_decides_nothing(self):
+        """3.3: its configuration is read at the first call."""
+        before = threading.active_count()
+
+        @task(mode="thread", on_demand=False)
+        def configured():
+            return 1
+
+        @task(mode="thread", on_demand=False)
+        def configured_for_a_while():
+            return 2
+        for function in (configured, configured_for_a_while):
+            self.addCleanup(function.stop)
+            self.looked_at(function)
+        self.assertEqual(threading.active_count(), before)
+        self.addCleanup(global_config.reset_to_defaults)
+        global_config.thread.max_workers = 3
+        self.assertEqual((configured.max_workers, configured().result(SAFETY)), (3, 1))
+        with temp_config(thread_max_workers=2, global_retry_wait=7):
+            self.looked_at(configured_for_a_while)
+            self.assertEqual(configured_for_a_while().result(SAFETY), 2)
+        for function, workers, wait in ((configured, 3, 1.0), (configured_for_a_while, 2, 7.0)):
+            self.assertEqual((function.max_workers, function.get_pool_stats()["total_workers"], function.retry_wait),
+                             (workers, workers, wait))
+
+    def test_its_limits_before_the_first_call(self):
+        for limits in ([ResourceLimit("slots", 1)], [LimitSet([ResourceLimit("slots", 1)])]):
+            @task(mode="thread", limits=limits)
+            def held(started, go, limits):
+                with limits.acquire():
+                    return hold(started, go)
+            self.addCleanup(held.stop)
+            seen, started, go = held.limits, self.flag(), self.flag()
+            self.looked_at(held)
+            future = held(started, go)
+            started.wait()
+            found = in_use(seen if isinstance(seen, LimitSet) else limits[0])
+            go.set()
+            self.assertEqual((found, future.result(SAFETY)), ({"slots": 1}, "held"))
+            self.assertIs(held.limits, seen)
+
+    def test_it_is_resized_before_the_first_call(self):
+        @task(mode="thread", on_demand=False)
+        def sized():
+            return 1
+        self.addCleanup(sized.stop)
+        sized.resize(2)
+        self.assertEqual(sized.max_workers, 2)
+        sized().result(SAFETY)
+        self.assertEqual((sized.max_workers, sized.get_pool_stats()["total_workers"]), (2, 2))
+
     def test_options(self):
         @task(mode="asyncio", blocking=True)
         async def answer(x):
