@@ -4725,6 +4725,73 @@ class Slotted(Worker, mode="sync"):
         return self.n, self.limits.try_acquire({"x": 1}).successful
 
 
+@worker(mode="thread")
+class Animal:
+    def __init__(self, name):
+        self.name = name
+
+    def who(self):
+        return type(self).__name__, self.name, getattr(self, "made_by", None)
+
+
+@worker(mode="process")
+class Dog(Animal):
+    def __init__(self, name, breed):
+        super().__init__(f"{breed} {name}")
+
+
+class Puppy(Dog):
+    pass
+
+
+@worker(mode="thread", auto_init=False)
+class StuffedDog(Dog):
+    pass
+
+
+@worker(mode="thread")
+class Made:
+    def __new__(cls, *args):
+        self = super().__new__(cls)
+        self.made_by = ["Made"]
+        return self
+
+    def __init__(self, name):
+        self.name = name
+
+    who = Animal.who
+
+
+@worker(mode="process")
+class MadeAgain(Made):
+    def __new__(cls, *args):
+        self = super().__new__(cls, *args)
+        self.made_by.append("MadeAgain")
+        return self
+
+
+@worker(mode="thread")
+class MadeAsBefore(Made):
+    pass
+
+
+@worker(mode="thread", auto_init=False)
+class MadePlainly(MadeAgain):
+    pass
+
+
+@worker(mode="process")
+class DogWorker(Worker, mode="thread"):
+    who = Animal.who
+    name = "none"
+
+
+@worker(mode="thread")
+class PuppyWorker(DogWorker):
+    def __new__(cls):
+        return super().__new__(cls)
+
+
 class FormTests(CleanTestCase):
     def test_a_plain_object_without_stored_options(self):
         counter = Counter(3)
@@ -4826,6 +4893,25 @@ class FormTests(CleanTestCase):
         tree = Tree()
         self.addCleanup(tree.stop)
         self.assertEqual(tree.kind(3).result(SAFETY), (True, False))
+
+    def test_a_decorated_class_with_a_decorated_base(self):
+        for cls, args, expected in (
+                (Animal, ("Rex",), ("Rex", None)), (Dog, ("Rex", "big"), ("big Rex", None)), (Puppy, ("Rex", "big"), ("big Rex", None)),
+                (StuffedDog, ("Rex", "big"), ("big Rex", None)), (Made, ("Rex",), ("Rex", ["Made"])),
+                (MadeAgain, ("Rex",), ("Rex", ["Made", "MadeAgain"])), (MadeAsBefore, ("Rex",), ("Rex", ["Made"])),
+                (MadePlainly, ("Rex",), ("Rex", ["Made", "MadeAgain"])), (DogWorker, (), ("none", None)),
+                (PuppyWorker, (), ("none", None))):
+            with self.subTest(cls.__name__):
+                made = cls(*args)
+                is_plain = cls in (StuffedDog, MadePlainly)
+                self.assertIs(isinstance(made, cls), is_plain)
+                if is_plain:
+                    self.assertEqual(made.who(), (cls.__name__, *expected))
+                else:
+                    self.addCleanup(made.stop)
+                    self.assertEqual(made.who().result(SAFETY), (cls.__name__, *expected))
+                for mode in MODES:
+                    self.assertEqual(self.start(cls, *args, mode=mode).who().result(SAFETY), (cls.__name__, *expected))
 
     def test_arguments_for_a_class_that_takes_none(self):
         with self.assertRaisesRegex(TypeError, "takes no arguments"):
