@@ -9209,6 +9209,116 @@ class ByValueErrorTests(ProgramCase):
         self.assertEqual((again.type_name, again.traceback, str(again)), ("a.B", "trace", "a.B: text"))
 
 
+# Functions that raise what HTTP clients do, in workers that have nothing but this file.
+
+def raise_of_requests():
+    import requests
+    response = requests.Response()
+    response.status_code, response._content = 429, b"slowly, please"
+    response.headers["Retry-After"] = "3"
+    response.request = requests.Request("GET", "http://here/").prepare()
+    response.raise_for_status()
+
+
+def raise_of_httpx():
+    import httpx
+    request = httpx.Request("GET", "http://here/")
+    httpx.Response(429, request=request, headers={"retry-after": "7"}, content=b"slowly, please").raise_for_status()
+
+
+def raise_connecting_of_httpx():
+    import httpx
+    raise httpx.ConnectError("refused", request=httpx.Request("GET", "http://here/"))
+
+
+def raise_of_aiohttp():
+    import aiohttp
+    import multidict
+    import yarl
+    headers = multidict.CIMultiDictProxy(multidict.CIMultiDict({"Retry-After": "4"}))
+    url = yarl.URL("http://here/")
+    raise aiohttp.ClientResponseError(aiohttp.RequestInfo(url, "GET", headers, url), (), status=503, message="later", headers=headers)
+
+
+def raise_connecting_of_aiohttp():
+    import aiohttp
+    key = aiohttp.client_reqrep.ConnectionKey("here", 80, False, True, None, None, None)
+    raise aiohttp.ClientConnectorError(key, OSError(111, "refused"))
+
+
+class StatusError(Exception):
+    """As the clients of LLM services raise them."""
+
+    def __init__(self, message, *, response, body):
+        super().__init__(message)
+        self.response, self.body, self.status_code, self.lock = response, body, response.status_code, threading.Lock()
+
+
+def raise_status_error():
+    response = types.SimpleNamespace(status_code=429, headers={"retry-after-ms": "1500"})
+    raise StatusError("slowly, please", response=response, body={"type": "rate_limit"})
+
+
+def raise_group():
+    try:
+        raise_status_error()
+    except StatusError as error:
+        raise ExceptionGroup("several", [error, ExceptionGroup("inner", [error, KeyError(1)])]) from error
+
+
+class ErrorTravelTests(CleanTestCase):
+    """4.5: exceptions of workers in other processes keep their type, and what they carry."""
+
+    def raised(self, fn):
+        """Return what a function has raised in a process; check that it is the same of a chunk."""
+        pool = self.start(TaskWorker, mode="process")
+        error = pool.submit(fn).exception(SAFETY)
+        of_chunk = in_thread(lambda: list(pool.map(lambda _: fn(), [1, 2], chunksize=2))).exception(SAFETY)
+        self.assertEqual((type(of_chunk), str(of_chunk)), (type(error), str(error)))
+        self.assertIn(fn.__name__, str(error.__cause__))
+        return error
+
+    def test_of_requests(self):
+        requests = self.need("requests")
+        error = self.raised(raise_of_requests)
+        self.assertIs(type(error), requests.HTTPError)
+        self.assertEqual((error.response.status_code, error.response.text, error.request.url, concurry._wait_asked_for(error)),
+                         (429, "slowly, please", "http://here/", 3.0))
+
+    def test_of_httpx(self):
+        httpx = self.need("httpx")
+        error = self.raised(raise_of_httpx)
+        self.assertIs(type(error), httpx.HTTPStatusError)
+        self.assertEqual((error.response.status_code, error.response.text, str(error.request.url), concurry._wait_asked_for(error)),
+                         (429, "slowly, please", "http://here/", 7.0))
+        error = self.raised(raise_connecting_of_httpx)
+        self.assertEqual((type(error), str(error), str(error.request.url)), (httpx.ConnectError, "refused", "http://here/"))
+
+    def test_of_aiohttp(self):
+        aiohttp = self.need("aiohttp")
+        error = self.raised(raise_of_aiohttp)
+        self.assertIs(type(error), aiohttp.ClientResponseError)
+        self.assertEqual((error.status, error.message, error.headers["retry-after"], str(error.request_info.url),
+                          concurry._wait_asked_for(error)), (503, "later", "4", "http://here/", 4.0))
+        error = self.raised(raise_connecting_of_aiohttp)
+        self.assertEqual((type(error), error.host, error.os_error.errno), (aiohttp.ClientConnectorError, "here", 111))
+
+    def test_with_arguments_by_keyword_only(self):
+        """Less the members that do not travel, which are named in a note."""
+        error = self.raised(raise_status_error)
+        self.assertIs(type(error), StatusError)
+        self.assertEqual((str(error), error.status_code, error.body, concurry._wait_asked_for(error), error.__notes__),
+                         ("slowly, please", 429, {"type": "rate_limit"}, 1.5, ["these members could not travel from the worker: lock"]))
+        self.assertFalse(hasattr(error, "lock"))
+
+    def test_within_others(self):
+        error = self.raised(raise_group)
+        self.assertIs(type(error), ExceptionGroup)
+        first, inner = error.exceptions
+        self.assertEqual([type(first), *map(type, inner.exceptions)], [StatusError, StatusError, KeyError])
+        self.assertEqual((first.status_code, concurry._wait_asked_for(inner.exceptions[0])), (429, 1.5))
+
+
 class ByValueOptionalTests(ProgramCase):
     def test_attrs(self):
         self.need("attr")
