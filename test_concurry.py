@@ -9319,6 +9319,70 @@ class ErrorTravelTests(CleanTestCase):
         self.assertEqual((first.status_code, concurry._wait_asked_for(inner.exceptions[0])), (429, 1.5))
 
 
+def call_me(*args):
+    return "called"
+
+
+class Nonsense:
+    """Its `__reduce__` returns whatever it is told."""
+
+    def __init__(self, reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class NonsenseByProtocol(Nonsense):
+    def __reduce_ex__(self, protocol):
+        return self.reduced
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def raise_nested(depth):
+    raise ValueError(nested(depth))
+
+
+class NonsenseTests(CleanTestCase):
+    """4.5: what cannot travel fails its call alone."""
+
+    def setUp(self):
+        self.pool = self.start(TaskWorker, mode="process")
+        self.pid = self.pool.submit(os.getpid).result(SAFETY)
+
+    def check(self, place, future):
+        error = future.exception(SAFETY)
+        self.assertIsInstance(error, pickle.PicklingError)
+        self.assertRegex(str(error), place)
+        self.assertEqual(self.pool.submit(os.getpid).result(SAFETY), self.pid)
+
+    def test_what_reduce_returns(self):
+        for reduced in (5, None, (), ("x",), b"x", [call_me, ()], (call_me,), (call_me, 5), (call_me, [1]), (5, ()),
+                        (call_me, (), None, 5), (call_me, (), None, None, 5), (call_me, (), None, None, None, 5),
+                        (call_me, (), None, None, None, None, None), "no_such_name"):
+            for cls in (Nonsense, NonsenseByProtocol):
+                with self.subTest(reduced=reduced, cls=cls):
+                    self.check(r"^argument 2(\[1\]\['x'\])? of submit\(\): ", self.pool.submit(len, [1, {"x": cls(reduced)}]))
+                    self.check(r"^result(\[1\]\['x'\])? of submit\(\): ", self.pool.submit(nonsense, cls.__name__, pickle.dumps(reduced)))
+
+    def test_what_is_nested_too_deeply(self):
+        self.check(r"^argument 2 of submit\(\): cannot pickle 'list' object: it is nested too deeply$", self.pool.submit(len, nested(100_000)))
+        self.check(r"^result of submit\(\): cannot pickle 'list' object: it is nested too deeply$", self.pool.submit(nested, 100_000))
+        error = self.pool.submit(raise_nested, 100_000).exception(SAFETY)
+        self.assertEqual((type(error), error.__notes__), (ValueError, ["these members could not travel from the worker: args[0]"]))
+        self.assertEqual(self.pool.submit(os.getpid).result(SAFETY), self.pid)
+
+
+def nonsense(name, reduced):
+    return [1, {"x": globals()[name](pickle.loads(reduced))}]
+
+
 class ByValueOptionalTests(ProgramCase):
     def test_attrs(self):
         self.need("attr")
