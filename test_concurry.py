@@ -9383,6 +9383,35 @@ def nonsense(name, reduced):
     return [1, {"x": globals()[name](pickle.loads(reduced))}]
 
 
+class Buffered:
+    """Its bytes go as a buffer of their own, if they are enough."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __reduce_ex__(self, protocol):
+        return Buffered, (pickle.PickleBuffer(self.data),)
+
+
+def many_buffers(n):
+    concurry._BUFFER_SIZE = 1           # of the worker
+    return [Buffered(b"%d" % number) for number in range(n)]
+
+
+def joined(each):
+    return b" ".join(bytes(one.data) for one in each)
+
+
+class ManyBuffersTests(CleanTestCase):
+    def test_there_may_be_more_than_65535_buffers(self):
+        pool, n = self.start(TaskWorker, mode="process"), 70_000
+        expected = b" ".join(b"%d" % number for number in range(n))
+        self.assertEqual(joined(pool.submit(many_buffers, n).result(SAFETY)), expected)
+        with unittest.mock.patch.object(concurry, "_BUFFER_SIZE", 1):
+            future = pool.submit(joined, [Buffered(b"%d" % number) for number in range(n)])
+        self.assertEqual(future.result(SAFETY), expected)
+
+
 class ByValueOptionalTests(ProgramCase):
     def test_attrs(self):
         self.need("attr")
