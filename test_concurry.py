@@ -4374,6 +4374,62 @@ class EndTests:
 over_modes(globals(), [EndTests])
 
 
+def ends_when_told(started, go):
+    """Let the process end at TERM, but not before the flag is set."""
+    def end(*args):
+        go.wait()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, end)
+    started.set()
+    signal.pause()
+
+
+class AsyncWithTests(CleanTestCase):
+    def test_descriptors_that_were_given_along_are_closed_at_its_end(self):
+        async def main(worker):
+            async with worker:
+                await worker.add()
+        for method in filter("fork".__ne__, multiprocessing.get_all_start_methods()):
+            with self.subTest(method):
+                self.start(Counter, mode="process", mp_context=method).add().result(SAFETY)     # what stays is there now
+                before = descriptors()
+                ours, theirs = multiprocessing.get_context("spawn").Pipe()
+                with ours, theirs:
+                    worker = self.start(Holding, theirs, mode="process", mp_context=method)
+                    asyncio.run(main(worker))
+                self.assertEqual(descriptors(), before)
+
+    def test_an_interrupt_in_it_does_not_stall_the_loop(self):
+        async def main(interrupt, order, started, go):
+            async def beside():
+                await raised.wait()
+                order.append("beside")
+                go.set()
+            raised, pool = asyncio.Event(), self.start(TaskWorker, mode="process")
+            task = asyncio.ensure_future(beside())
+            with self.assertRaises(interrupt):
+                async with pool:
+                    held = pool.submit(ends_when_told, started, go)
+                    started.wait()
+                    raised.set()
+                    raise interrupt
+            order.append("after")
+            await task
+            return held.exception(SAFETY)
+        for interrupt in (KeyboardInterrupt, SystemExit):
+            order = []
+            error = asyncio.run(main(interrupt, order, self.flag(), self.flag()))
+            self.assertEqual((order, type(error)), (["beside", "after"], WorkerDiedError))
+
+
+class Holding(Counter):
+    """Has a connection, say."""
+
+    def __init__(self, connection):
+        super().__init__()
+        self.connection = connection
+
+
 class StopRunningTests:
     """Ending while a call runs that has to be waited for."""
 
