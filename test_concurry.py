@@ -5705,6 +5705,101 @@ def item(what, started, go, ran):
 over_modes(globals(), [MapRunningTests], ["thread", "process", "ray"])
 
 
+class UnaskedTests:
+    """Calls that failed and that nobody has asked about: told once, at the end of their handle."""
+
+    def told(self, body, *args):
+        """Return what is logged while a body runs, and whatever it has left is collected."""
+        with self.assertLogs("concurry", "WARNING") as logs:
+            body(*args)
+            gc.collect()
+            logging.getLogger("concurry").warning("the end")
+        self.assertEqual(logs.records.pop().getMessage(), "the end")
+        return [record.getMessage() for record in logs.records]
+
+    def test_at_the_end_of_the_handle(self):
+        for end in ("shutdown", "stop"):
+            pool = self.make(TaskWorker, max_queued_tasks=None)
+            self.assertEqual(self.told(self.fail_and_forget, pool), [])
+            self.assertEqual(self.told(getattr(pool, end)), [
+                "TaskWorker: nobody asked for the results of 3 calls that failed; the first: KeyError: 'one'"])
+            self.assertEqual(self.told(getattr(pool, end)), [])
+
+    def fail_and_forget(self, pool):
+        for text in ("one", "two", "three"):
+            pool.submit(raise_key_error, text)
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+        gc.collect()                        # an exception may be part of a cycle
+
+    def test_of_a_handle_that_is_dropped(self):
+        def use():
+            pool = TaskWorker.options(mode=self.mode, max_queued_tasks=None).init()
+            self.fail_and_forget(pool)
+            backend = pool._pool.backends[0].ended
+            del pool
+            gc.collect()
+            wait([backend], SAFETY)
+        self.assertEqual(self.told(use), [
+            "TaskWorker: nobody asked for the results of 3 calls that failed; the first: KeyError: 'one'"])
+
+    def test_of_methods(self):
+        worker = self.make(Counter)
+        worker.fail(ValueError("mine"))
+        worker.fail_async(ValueError("mine"))
+        worker.add().result(SAFETY)
+        until(lambda: worker.stats()["failed"] == 2)
+        gc.collect()
+        self.assertEqual(self.told(worker.shutdown), [
+            "Counter: nobody asked for the results of 2 calls that failed; the first: ValueError: mine"])
+
+    def test_but_those_that_somebody_has_asked_for(self):
+        def awaited(pool):
+            async def main():
+                with self.assertRaises(KeyError):
+                    await pool.submit(raise_key_error, "awaited")
+                with self.assertRaises(KeyError):
+                    await asyncio.get_running_loop().run_in_executor(pool, raise_key_error, "in executor")
+            asyncio.run(main())
+
+        def called_back(pool):
+            came = queue.SimpleQueue()
+            pool.submit(raise_key_error, "called back").add_done_callback(lambda future: came.put(future.exception()))
+            came.get(timeout=SAFETY)
+
+        for ask in (
+                lambda pool: self.assertRaises(KeyError, pool.submit(raise_key_error, "result").result, SAFETY),
+                lambda pool: pool.submit(raise_key_error, "exception").exception(SAFETY),
+                lambda pool: self.assertRaises(KeyError, gather, [pool.submit(raise_key_error, n) for n in range(3)]),
+                lambda pool: gather([pool.submit(raise_key_error, n) for n in range(3)], return_exceptions=True),
+                lambda pool: pool.submit(square, pool.submit(raise_key_error, "dependency")).exception(SAFETY),
+                lambda pool: self.assertRaises(KeyError, list, pool.map(raise_key_error, range(5))),
+                lambda pool: self.assertRaises(KeyError, list, pool.map(raise_key_error, range(5), chunksize=2)),
+                lambda pool: self.assertRaises(KeyError, next, pool.map(raise_key_error, range(5), buffersize=2)),
+                lambda pool: [future.exception() for future in as_completed([pool.submit(raise_key_error, n) for n in range(3)])],
+                awaited, called_back):
+            pool = self.make(TaskWorker, max_queued_tasks=None)
+            pool.submit(raise_key_error, "forgotten")
+            with self.subTest(inspect.getsource(ask).strip()[:80]):
+                self.assertEqual(self.told(ask, pool) + self.told(pool.shutdown), [
+                    "TaskWorker: nobody asked for the results of 1 calls that failed; the first: KeyError: 'forgotten'"])
+
+    def test_of_futures_that_outlive_the_handle(self):
+        pool = self.make(TaskWorker, max_queued_tasks=None)
+        kept = [pool.submit(raise_key_error, n) for n in range(3)]
+        self.assertEqual(self.told(pool.shutdown), [])
+        self.assertIsInstance(kept.pop().exception(0), KeyError)
+        told, = self.told(kept.clear)
+        self.assertRegex(told, r"^TaskWorker: nobody asked for the results of \d calls that failed; the first: KeyError: [01]$")
+
+
+
+def raise_key_error(key):
+    raise KeyError(key)
+
+
+over_modes(globals(), [UnaskedTests], MODES)
+
+
 @task(mode="sync")
 def documented(x: int, y: int = 2) -> int:
     """Multiply."""
