@@ -7552,6 +7552,25 @@ class NameTests(CleanTestCase):
             self.assertEqual(error.worker, "shop-0")
             until(lambda: any("shop-0" in line for line in logs.output))
 
+    def test_without_one_it_is_the_bound_function(self):
+        for mode in ("thread", "process", "asyncio"):
+            decorated = task(mode=mode)(who_am_i)
+            self.addCleanup(decorated.stop, 5)
+            for bound in (self.start(TaskWorker, mode=mode, init={"fn": who_am_i}), self.start(TaskWorker, who_am_i, mode=mode), decorated):
+                self.assertEqual(bound().result(SAFETY)[0], "who_am_i-0" + "-plain" * (mode == "asyncio"))
+                bound.shutdown()
+                self.assertRaisesRegex(RuntimeError, "^cannot submit to who_am_i: ", bound)
+        with self.start(TaskWorker, mode="thread", init={"fn": lambda: threading.current_thread().name}) as nameless:
+            self.assertEqual(nameless().result(SAFETY), "TaskWorker-0")
+
+    def test_state_is_lost_where_there_is_some(self):
+        for cls, lost in ((TaskWorker, False), (Patient, True)):
+            with self.log_of() as logs, self.start(cls, mode="process", name="shop") as worker:
+                error = (worker.submit(os._exit, 3) if cls is TaskWorker else worker.exit(3)).exception(SAFETY)
+                self.assertIs(type(error), WorkerDiedError)
+                until(lambda: any("takes its place" in line for line in logs.output))
+            self.assertEqual(any("its state is lost" in line for line in logs.output), lost)
+
     def test_without_one_it_is_the_class(self):
         with self.start(Counter, mode="thread") as worker:
             self.assertEqual(list(worker.stats()["workers"]), ["Counter-0"])
@@ -13079,6 +13098,20 @@ class MessageTests(CleanTestCase):
                 (lambda: delattr(pool, "_pool"), AttributeError, "cannot be deleted")):
             with self.subTest(text):
                 self.assertRaisesRegex(error, text, wrong)
+
+    def test_what_to_do_is_told(self):
+        worker, builder = self.start(Counter, mode="sync"), Counter.options(mode="sync")
+        for wrong, error, text in (
+                *((lambda name=name: getattr(builder, name), AttributeError,
+                   rf"^'{name}' is looked for before the worker is there: .* call \.init\(\.\.\.\)") for name in ("add", "stop", "submit")),
+                *((lambda name=name: getattr(worker, name), AttributeError,
+                   f"^Counter has no method '{name}', which is for functions .*: call the methods of Counter") for name in ("submit", "map")),
+                (lambda: RateLimit("tokens", 1, per="min"), ValueError, "^a window of 'min' is not possible: .* did you mean 'minute'\\?$"),
+                (lambda: RateLimit("tokens", 1, window="hr"), ValueError, "^a window of 'hr' .*or give a number of seconds, did you mean 'hour'\\?$"),
+                (lambda: CallLimit(1, "fortnight"), ValueError, "^a window of 'fortnight' .*, or give a number of seconds$")):
+            with self.subTest(text):
+                self.assertRaisesRegex(error, text, wrong)
+        self.assertEqual((hasattr(builder, "add"), hasattr(worker, "submit")), (False, False))
 
 
 # === The file itself ===
