@@ -6044,6 +6044,14 @@ class PoolStatsTests:
 over_modes(globals(), [PoolStatsTests], ["thread", "process", "ray"])
 
 
+def hold_for(seconds, started, go):
+    """Take so long for the clock by which a worker process measures its calls."""
+    clock = time.perf_counter
+    hold(started, go)
+    time.perf_counter = lambda: clock() + seconds
+    return "held"
+
+
 class InsideTests(CleanTestCase):
     def test_times(self):
         now = itertools.count()                     # a second passes whenever somebody looks
@@ -6052,6 +6060,36 @@ class InsideTests(CleanTestCase):
             worker.add()
             stats = worker.stats()
         self.assertEqual((stats["time_waiting"], stats["time_running"]), (1.0, 1.0))
+
+    def test_the_time_of_a_long_call(self):
+        """Of more than 71 minutes, as many microseconds as an answer can tell."""
+        for seconds in (3600, 5000, 10 ** 6):
+            clock, started, go = HandClock(), self.flag(), self.flag()
+            with unittest.mock.patch.object(concurry, "_now", clock):
+                pool = self.start(TaskWorker, mode="process")
+                self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+                clock.now += 10
+                long = pool.submit(hold_for, seconds, started, go)
+                started.wait()
+                clock.now += seconds
+                go.set()
+                self.assertEqual(long.result(SAFETY), "held")
+                self.assertAlmostEqual(pool.stats()["time_running"], seconds, delta=100)
+                self.assertAlmostEqual(pool.stats()["time_waiting"], 0, delta=100)
+
+    def test_one_quick_call_makes_no_quick_worker(self):
+        """What stands behind a call of a worker that was slow just now can be cancelled."""
+        pool, started, go = self.start(TaskWorker, mode="process", max_queued_tasks=None), self.flag(), self.flag()
+        go.set()
+        self.assertEqual(pool.submit(hold_for, 1.1, started, go).result(SAFETY), "held")
+        go.count(), started.count()
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+        held = pool.submit(hold, started, go)
+        behind = [pool.submit(square, n) for n in range(3)]
+        started.wait()
+        self.assertEqual([future.cancel() for future in behind], [True] * 3)
+        go.set()
+        self.assertEqual(held.result(SAFETY), "held")
 
     def test_times_of_what_is_killed(self):
         for deaths, end in ((1, lambda call: os.kill(worker._pool.backends[0].link.process.pid, signal.SIGKILL)),
