@@ -13486,6 +13486,89 @@ class CommandLineTests(ProgramCase):
         self.assertEqual(self.map("--mode", "thread", "-e", "(lambda json: json)(x) + json.dumps(1)", "-", text="a\n"),
                          ("a1\n", ""))
 
+    def test_standard_input_is_empty_for_the_callable(self):
+        """Also for the programs that it starts: no line is lost to them. Each is longer than what is read at once."""
+        text, code = "".join(f"{n}" * 100_000 + "\n" for n in range(4)), \
+            "(x[:1], len(x), sys.stdin.read(), os.read(0, 9), subprocess.run('cat', capture_output=True).stdout)"
+        for mode in ("sync", "thread", "process", "asyncio"):
+            with self.subTest(mode):
+                self.assertEqual(self.map("--mode", mode, "-e", code, text=text),
+                                 ("".join(f"('{n}', 100000, '', b'', b'')\n" for n in range(4)), ""))
+
+    def bytes(self, *words, text):
+        """Return what comes of bytes."""
+        ended = subprocess.run([*AS_MODULE, "map", "--mode", "thread", *words], input=text, capture_output=True, timeout=SAFETY)
+        self.assertEqual((ended.returncode, ended.stderr), (0, b""))
+        return ended.stdout
+
+    def test_ends_of_lines(self):
+        folder = self.folder()
+        for text, lines in ((b"a\r\nb\r\n", ["a", "b"]), (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", ["a", "\ufeffb"]), (b"a\rb\nc\r", ["a\rb", "c\r"]),
+                            (b"a\r\r\n\n\r\n", ["a\r", "", ""]), (b"a\x0bb\x1cc\xe2\x80\xa8d\0e\n", ["a\vb\x1cc\u2028d\0e"]),
+                            (b"\xef\xbb\xbf", [""]), (b"\r\n", [""])):
+            expected = "".join(f"{line!r}\n" for line in lines).encode()
+            with open(path := os.path.join(folder, "lines"), "wb") as file:
+                file.write(text)
+            with self.subTest(text=text):
+                self.assertEqual([self.bytes("-e", "repr(x)", text=text), self.bytes("-e", "repr(x)", path, text=b"")], [expected] * 2)
+
+    def test_records_that_end_in_nul(self):
+        text = b"\xef\xbb\xbfa\nb\0c\r\n\0\0" + b"d" * 200_000
+        for words in (["-0"], ["--null"]):
+            self.assertEqual(self.bytes(*words, "-e", "repr(x)", text=text), b"'a\\nb'\n'c\\r\\n'\n''\n'" + b"d" * 200_000 + b"'\n")
+            self.assertEqual(self.bytes(*words, "--print0", "-e", "x", text=text), text[3:] + b"\0")
+            self.assertEqual(self.bytes("-e", "x", *words, text=b"a\0b\0"), b"a\nb\n")
+        self.assertEqual(self.bytes("--print0", "-e", "x", text=b"a\nb\n"), b"a\0b\0")
+        folder = self.folder()
+        with open(os.path.join(folder, "records"), "wb") as file:
+            file.write(b"1\0" b"2\0x")
+        output, errors = self.map("-0", "--progress", "--keep-going", "-e", "int(x)", "records", folder=folder, status=1)
+        self.assertEqual(output, "1\n2\n")
+        self.assertRegex(errors, r"^concurry: records:3: ValueError.*\n100% 3/3 ")
+
+    def test_options_between_and_after_names(self):
+        folder = self.folder()
+        self.write(folder, a="1\n", b="2\n", mod="def half(x): return x / 2")
+        for words in (["mod:half", "--json", "a.py", "--mode", "thread", "b.py"], ["mod:half", "a.py", "b.py", "--json", "--mode=thread"],
+                      ["a.py", "--json", "-e", "x / 2", "b.py", "--mode", "thread"], ["--json", "a.py", "b.py", "-e", "x / 2"]):
+            with self.subTest(words):
+                self.assertEqual(self.map(*words, folder=folder), ("0.5\n1.0\n", ""))
+
+    def test_expressions_that_begin_with_a_minus(self):
+        for expression, result in (("-int(x)", "-7"), ("-len(x)==-1", "True"), ("--int(x)", "7"), ("-1", "-1")):
+            self.assertEqual(self.map("-e", expression, "--mode", "thread", text="7\n"), (result + "\n", ""))
+        self.assertIn("expected one argument", self.misused("-e"))
+
+    def test_without_a_standard_error(self):
+        """Results are printed, and the status tells."""
+        for mode in ("process", "thread", "sync"):
+            for words, output, status in (("--keep-going", "1\n2\n", 1), ("", "1\n", 1), ("--progress --keep-going", "1\n2\n", 1)):
+                command = f"printf '1\\nx\\n2\\n' | {sys.executable} -m concurry map --mode {mode} {words} -e 'int(x)' 2>&-"
+                ended = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, timeout=SAFETY)
+                with self.subTest(mode, words=words):
+                    self.assertEqual((ended.stdout, ended.returncode), (output, status))
+
+    def test_it_is_called_in_a_program(self):
+        """Whose streams are objects; its standard input is put back, as file and as object."""
+        reads, writes = os.pipe()
+        os.write(writes, b"1\n2\n")
+        os.close(writes)
+        before, stdin = os.dup(0), sys.stdin
+        os.dup2(reads, 0)
+        os.close(reads)
+        try:
+            for expected in ("(2, '')\n(4, '')\n", ""):       # the second time nothing is left
+                with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors, \
+                        unittest.mock.patch.object(sys, "path", sys.path[:]):
+                    inside = os.fstat(0).st_ino
+                    status = concurry.main(["map", "--mode", "thread", "-e", "(int(x) * 2, sys.stdin.read())"])
+                self.assertEqual((status, errors.getvalue(), os.fstat(0).st_ino), (0, "", inside))
+                self.assertIs(sys.stdin, stdin)
+                self.assertEqual(output.getvalue(), expected)
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
+
     def test_streams_that_are_closed_or_full(self):
         for redirection, status, message in ((">/dev/full", 1, "the output cannot be written"),
                                              (">&-", 2, "standard output is closed"),
