@@ -21,6 +21,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import marshal
 import math
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ import py_compile
 import queue
 import random
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -13194,6 +13196,34 @@ class VendoringTests(ProgramCase):
                                    cwd=folder, env={**os.environ, "PYTHONPATH": FOLDER}, capture_output=True, text=True, timeout=SAFETY)
             self.assertEqual((ended.stdout, ended.stderr, ended.returncode),
                              ("('A', True, False)\n('B', True, False)\n", "concurry: line 3: Error: from mine\n", 1))
+
+
+class RunByItsPathTests(CleanTestCase):
+    """`runpy.run_path`: its module has no spec, and is in `sys.modules` no more when it is used."""
+
+    def setUp(self):
+        self.names = types.SimpleNamespace(**runpy.run_path(SOURCE))
+
+    def test_functions_and_failures(self):
+        for mode in ("sync", "thread", "asyncio"):
+            with self.assertLogs(self.names.logger, "WARNING") as logs:
+                pool = self.names.TaskWorker.options(mode=mode).init()
+                self.addCleanup(pool.stop)
+                pool.submit(raise_key_error, "forgotten")
+                self.assertEqual((pool.submit(square, 3).result(SAFETY), list(pool.map(square, range(3)))), (9, [0, 1, 4]))
+                gc.collect()
+                pool.shutdown()
+            self.assertEqual([record.getMessage() for record in logs.records], [
+                "TaskWorker: nobody asked for the results of 1 calls that failed; the first: KeyError: 'forgotten'"])
+
+    def test_its_code_for_ray(self):
+        code = []
+        with unittest.mock.patch.dict(self.names._own_module.__globals__, _ray=lambda: types.SimpleNamespace(put=code.append)):
+            name, path, _ = self.names._own_module()
+        self.assertEqual(path, SOURCE)
+        namespace = {"__name__": name, "__file__": path}
+        exec(marshal.loads(code[0]), namespace)
+        self.assertEqual(namespace["__version__"], concurry.__version__)
 
 
 class ImportTests(ProgramCase):
