@@ -5355,6 +5355,18 @@ class Numbers:
         yield 1
 
 
+@types.coroutine
+def stepwise(x):
+    yield from asyncio.sleep(0)
+    return x * x
+
+
+class Stepwise(Worker):
+    @types.coroutine
+    def square(self, x):
+        return (yield from stepwise(x))
+
+
 class Yields(Worker):
     """Methods whose bodies would run in whoever iterates over what they return, and one that does so itself."""
 
@@ -5406,6 +5418,15 @@ class GeneratorTests:
                 self.refused("", bound)
                 self.refused("", bound.submit)
                 self.refused("", bound.map, [1])
+
+
+    def test_those_of_types_coroutine_are_coroutine_functions(self):
+        pool = self.make(TaskWorker)
+        self.assertEqual(pool.submit(stepwise, 3).result(SAFETY), 9)
+        self.assertEqual(list(pool.map(stepwise, [1, 2, 3])), [1, 4, 9])
+        self.assertEqual(list(pool.map(stepwise, [1, 2, 3], chunksize=2)), [1, 4, 9])
+        self.assertEqual(self.make(TaskWorker, stepwise)(3).result(SAFETY), 9)
+        self.assertEqual(self.make(Stepwise).square(3).result(SAFETY), 9)
 
 
 over_modes(globals(), [GeneratorTests])
