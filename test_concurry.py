@@ -6948,6 +6948,11 @@ def any_keywords(x, **kwargs):
     return x, kwargs
 
 
+def acquire_at_once(x, limits):
+    with limits.try_acquire() as acquired:
+        return x, acquired.successful
+
+
 class FunctionLimitTests:
     """6.5a, for what calls one function at a time."""
 
@@ -7005,6 +7010,14 @@ class FunctionLimitTests:
                         self.assertEqual((within, held.result(SAFETY)), ({"slots": 1}, "held"))
                         # As soon as a result is seen, what its call held is free.
                         self.assertEqual(in_use(limits), {"slots": 0})
+
+    def test_a_parameter_limits_that_a_partial_gives(self):
+        limits, rate = LimitSet([ResourceLimit("slots", 1)]), [RateLimit("tokens", 100, per="hour")]
+        for fn in (functools.partial(acquire_at_once, limits=limits), functools.partial(acquire_at_once, "x", limits)):
+            args = [()] if fn.args else [("x",)]
+            for pool in (self.make(TaskWorker, limits=limits), self.make(TaskWorker, limits=rate)):
+                with self.subTest(fn=fn, limits=pool.limits):
+                    self.assertEqual(pool.submit(fn, *args[0]).result(SAFETY), ("x", True))
 
     def test_each_attempt_is_counted(self):
         for fn in (square, square_async):
