@@ -9593,6 +9593,34 @@ def raise_nested(depth):
     raise ValueError(nested(depth))
 
 
+class WithoutArgs(Exception):
+    def __init__(self, *, lock):
+        self.lock = lock
+
+    @property
+    def args(self):
+        raise ValueError("there are none")
+
+
+class OtherArgs(WithoutArgs):
+    args = 5
+
+
+def raise_without_args():
+    raise WithoutArgs(lock=threading.Lock())
+
+
+def raise_with_other_args():
+    raise OtherArgs(lock=threading.Lock())
+
+
+def raise_nested_groups():
+    error = ValueError(threading.Lock())
+    for _ in range(500):
+        error = ExceptionGroup("one more", [error])
+    raise error
+
+
 class NonsenseTests(CleanTestCase):
     """4.5: what cannot travel fails its call alone."""
 
@@ -9614,6 +9642,12 @@ class NonsenseTests(CleanTestCase):
                 with self.subTest(reduced=reduced, cls=cls):
                     self.check(r"^argument 2(\[1\]\['x'\])? of submit\(\): ", self.pool.submit(len, [1, {"x": cls(reduced)}]))
                     self.check(r"^result(\[1\]\['x'\])? of submit\(\): ", self.pool.submit(nonsense, cls.__name__, pickle.dumps(reduced)))
+
+    def test_exceptions_that_cannot_be_taken_apart(self):
+        for fn in (raise_without_args, raise_with_other_args, raise_nested_groups):
+            with self.subTest(fn.__name__):
+                self.assertNotIsInstance(self.pool.submit(fn).exception(SAFETY), WorkerDiedError)
+                self.assertEqual(self.pool.submit(os.getpid).result(SAFETY), self.pid)
 
     def test_what_is_nested_too_deeply(self):
         self.check(r"^argument 2 of submit\(\): cannot pickle 'list' object: it is nested too deeply$", self.pool.submit(len, nested(100_000)))
