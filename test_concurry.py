@@ -5754,6 +5754,14 @@ class UnaskedTests:
         self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
         gc.collect()                        # an exception may be part of a cycle
 
+    def test_all_are_counted(self):
+        def use():
+            with self.make(TaskWorker, max_queued_tasks=None) as pool:
+                for n in range(10):
+                    pool.submit(raise_key_error, n)
+        self.assertEqual(self.told(use), [
+            "TaskWorker: nobody asked for the results of 10 calls that failed; the first: KeyError: 0"])
+
     def test_of_a_handle_that_is_dropped(self):
         def use():
             pool = TaskWorker.options(mode=self.mode, max_queued_tasks=None).init()
