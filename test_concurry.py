@@ -4401,6 +4401,19 @@ class AsyncWithTests(CleanTestCase):
                     asyncio.run(main(worker))
                 self.assertEqual(descriptors(), before)
 
+    def test_arguments_of_the_constructor_are_let_go_at_its_end(self):
+        async def main(worker):
+            async with worker:
+                await worker.add()
+        for mode in MODES:
+            with self.subTest(mode):
+                argument = Sole(1)
+                reference, worker = weakref.ref(argument), self.start(Holding, argument, mode=mode)
+                del argument
+                asyncio.run(main(worker))
+                gc.collect()
+                self.assertIsNone(reference())
+
     def test_an_interrupt_in_it_does_not_stall_the_loop(self):
         async def main(interrupt, order, started, go):
             async def beside():
