@@ -13656,6 +13656,11 @@ class CommandLineTests(ProgramCase):
     def test_expressions_that_begin_with_a_minus(self):
         for expression, result in (("-int(x)", "-7"), ("-len(x)==-1", "True"), ("--int(x)", "7"), ("-1", "-1")):
             self.assertEqual(self.map("-e", expression, "--mode", "thread", text="7\n"), (result + "\n", ""))
+        self.assertEqual(self.map("-e", "-0", "--mode", "thread", text="7\n"), ("0\n", ""))
+        folder = self.folder()
+        with open(os.path.join(folder, "-0"), "w") as file:
+            file.write("7\n")
+        self.assertEqual(self.map("-e", "x", "--mode=thread", "--", "-0", folder=folder), ("7\n", ""))
         self.assertIn("expected one argument", self.misused("-e"))
 
     def test_without_a_standard_error(self):
