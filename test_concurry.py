@@ -5488,6 +5488,19 @@ class ClientTests:
                             lambda: asyncio.run(in_executor(pool)), lambda: list(bound.map([3, 4], chunksize=2))):
                 self.assertRaisesRegex(RuntimeError, "cannot schedule new futures after shutdown", refused)
 
+    def test_what_it_raises_when_exit_has_ended_it(self):
+        code = textwrap.dedent("""
+            import atexit, sys
+            import concurry
+            pool = concurry.TaskWorker.options(mode=sys.argv[1]).init()
+            pool.submit(abs, 1).result()
+            def late():
+                try: pool.submit(abs, 1)
+                except RuntimeError as error: print("cannot schedule new futures after interpreter shutdown" in str(error))
+            atexit.register(late)
+        """)
+        self.assertEqual(run_script((Cluster.joining or "") + code, self.mode).stdout, "True\n")
+
     def test_what_it_raises_once_exit_has_begun(self):
         """In a done-callback of a call that exit cancels, for it waits for somebody else's future."""
         code = textwrap.dedent("""
