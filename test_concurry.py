@@ -22,6 +22,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import marshal
 import math
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ import py_compile
 import queue
 import random
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -4375,6 +4377,75 @@ class EndTests:
 over_modes(globals(), [EndTests])
 
 
+def ends_when_told(started, go):
+    """Let the process end at TERM, but not before the flag is set."""
+    def end(*args):
+        go.wait()
+        os._exit(0)
+    signal.signal(signal.SIGTERM, end)
+    started.set()
+    signal.pause()
+
+
+class AsyncWithTests(CleanTestCase):
+    def test_descriptors_that_were_given_along_are_closed_at_its_end(self):
+        async def main(worker):
+            async with worker:
+                await worker.add()
+        for method in filter("fork".__ne__, multiprocessing.get_all_start_methods()):
+            with self.subTest(method):
+                self.start(Counter, mode="process", mp_context=method).add().result(SAFETY)     # what stays is there now
+                before = descriptors()
+                ours, theirs = multiprocessing.get_context("spawn").Pipe()
+                with ours, theirs:
+                    worker = self.start(Holding, theirs, mode="process", mp_context=method)
+                    asyncio.run(main(worker))
+                self.assertEqual(descriptors(), before)
+
+    def test_arguments_of_the_constructor_are_let_go_at_its_end(self):
+        async def main(worker):
+            async with worker:
+                await worker.add()
+        for mode in MODES:
+            with self.subTest(mode):
+                argument = Sole(1)
+                reference, worker = weakref.ref(argument), self.start(Holding, argument, mode=mode)
+                del argument
+                asyncio.run(main(worker))
+                gc.collect()
+                self.assertIsNone(reference())
+
+    def test_an_interrupt_in_it_does_not_stall_the_loop(self):
+        async def main(interrupt, order, started, go):
+            async def beside():
+                await raised.wait()
+                order.append("beside")
+                go.set()
+            raised, pool = asyncio.Event(), self.start(TaskWorker, mode="process")
+            task = asyncio.ensure_future(beside())
+            with self.assertRaises(interrupt):
+                async with pool:
+                    held = pool.submit(ends_when_told, started, go)
+                    started.wait()
+                    raised.set()
+                    raise interrupt
+            order.append("after")
+            await task
+            return held.exception(SAFETY)
+        for interrupt in (KeyboardInterrupt, SystemExit):
+            order = []
+            error = asyncio.run(main(interrupt, order, self.flag(), self.flag()))
+            self.assertEqual((order, type(error)), (["beside", "after"], WorkerDiedError))
+
+
+class Holding(Counter):
+    """Has a connection, say."""
+
+    def __init__(self, connection):
+        super().__init__()
+        self.connection = connection
+
+
 class StopRunningTests:
     """Ending while a call runs that has to be waited for."""
 
@@ -4726,6 +4797,73 @@ class Slotted(Worker, mode="sync"):
         return self.n, self.limits.try_acquire({"x": 1}).successful
 
 
+@worker(mode="thread")
+class Animal:
+    def __init__(self, name):
+        self.name = name
+
+    def who(self):
+        return type(self).__name__, self.name, getattr(self, "made_by", None)
+
+
+@worker(mode="process")
+class Dog(Animal):
+    def __init__(self, name, breed):
+        super().__init__(f"{breed} {name}")
+
+
+class Puppy(Dog):
+    pass
+
+
+@worker(mode="thread", auto_init=False)
+class StuffedDog(Dog):
+    pass
+
+
+@worker(mode="thread")
+class Made:
+    def __new__(cls, *args):
+        self = super().__new__(cls)
+        self.made_by = ["Made"]
+        return self
+
+    def __init__(self, name):
+        self.name = name
+
+    who = Animal.who
+
+
+@worker(mode="process")
+class MadeAgain(Made):
+    def __new__(cls, *args):
+        self = super().__new__(cls, *args)
+        self.made_by.append("MadeAgain")
+        return self
+
+
+@worker(mode="thread")
+class MadeAsBefore(Made):
+    pass
+
+
+@worker(mode="thread", auto_init=False)
+class MadePlainly(MadeAgain):
+    pass
+
+
+@worker(mode="process")
+class DogWorker(Worker, mode="thread"):
+    who = Animal.who
+    name = "none"
+
+
+@worker(mode="thread")
+class PuppyWorker(DogWorker):
+    def __new__(cls):
+        return super().__new__(cls)
+
+
 class FormTests(CleanTestCase):
     def test_a_plain_object_without_stored_options(self):
         counter = Counter(3)
@@ -4827,6 +4965,25 @@ class FormTests(CleanTestCase):
         tree = Tree()
         self.addCleanup(tree.stop)
         self.assertEqual(tree.kind(3).result(SAFETY), (True, False))
+
+    def test_a_decorated_class_with_a_decorated_base(self):
+        for cls, args, expected in (
+                (Animal, ("Rex",), ("Rex", None)), (Dog, ("Rex", "big"), ("big Rex", None)), (Puppy, ("Rex", "big"), ("big Rex", None)),
+                (StuffedDog, ("Rex", "big"), ("big Rex", None)), (Made, ("Rex",), ("Rex", ["Made"])),
+                (MadeAgain, ("Rex",), ("Rex", ["Made", "MadeAgain"])), (MadeAsBefore, ("Rex",), ("Rex", ["Made"])),
+                (MadePlainly, ("Rex",), ("Rex", ["Made", "MadeAgain"])), (DogWorker, (), ("none", None)),
+                (PuppyWorker, (), ("none", None))):
+            with self.subTest(cls.__name__):
+                made = cls(*args)
+                is_plain = cls in (StuffedDog, MadePlainly)
+                self.assertIs(isinstance(made, cls), is_plain)
+                if is_plain:
+                    self.assertEqual(made.who(), (cls.__name__, *expected))
+                else:
+                    self.addCleanup(made.stop)
+                    self.assertEqual(made.who().result(SAFETY), (cls.__name__, *expected))
+                for mode in MODES:
+                    self.assertEqual(self.start(cls, *args, mode=mode).who().result(SAFETY), (cls.__name__, *expected))
 
     def test_arguments_for_a_class_that_takes_none(self):
         with self.assertRaisesRegex(TypeError, "takes no arguments"):
@@ -5024,6 +5181,17 @@ def broken_input():
     raise KeyError("input")
 
 
+class Sole:
+    """What can be referred to weakly."""
+
+    def __init__(self, n):
+        self.n = n
+
+
+def sole_unless_3(n):
+    return Sole(boom(n))
+
+
 def with_limits(x, limits):
     return x, limits.try_acquire({"x": 1}).successful
 
@@ -5104,6 +5272,38 @@ class FunctionTests:
         self.assertLessEqual(len(seen), 12)
         results.close()
 
+    def test_map_reads_its_sizes(self):
+        for options in ({"chunksize": "2"}, {"buffersize": "4"}, {"chunksize": "2", "buffersize": "4"}):
+            self.assertEqual(list(self.pool.map(square, range(5), **options)), [0, 1, 4, 9, 16], options)
+        self.assertRaisesRegex(ValueError, "chunksize='two'", self.pool.map, square, [1], chunksize="two")
+
+    def test_map_has_at_most_buffersize_items_in_flight(self):
+        """Those of chunks, too. A chunk that has come is in flight no more, though not all of it is yielded."""
+        for chunksize, buffersize in ((1, 2), (10, 2), (2, 5), (3, 4), (4, 4), (2, 1)):
+            with self.subTest(chunksize=chunksize, buffersize=buffersize):
+                results = self.pool.map(square, endless(seen := []), chunksize=chunksize, buffersize=buffersize)
+                self.assertIn(len(seen), range(1, buffersize + 1))
+                chunk = min(chunksize, buffersize)
+                for n in range(12):
+                    self.assertEqual(next(results), n * n)
+                    self.assertLessEqual(len(seen), (n // chunk + 1) * chunk + buffersize)
+                results.close()
+
+    def test_map_keeps_nothing_that_it_has_yielded(self):
+        """Nor when a later item of the chunk fails."""
+        for options in ({}, {"chunksize": 3}, {"buffersize": 2}, {"chunksize": 2, "buffersize": 4}, {"progress": True}):
+            with self.subTest(options), contextlib.redirect_stderr(io.StringIO()):
+                results, gone = self.pool.map(sole_unless_3, [0, 1, 2, 4, 5, 6, 7, 3], **options), []
+                for result in itertools.islice(results, 6):         # its end would take all with it
+                    reference = weakref.ref(result)
+                    del result
+                    if self.mode == "ray":      # where a future is part of a cycle, and a thread may still have it in hand
+                        until(lambda: gc.collect() >= 0 and reference() is None)
+                    gone.append(reference() is None)
+                self.assertEqual(gone, [True] * 6)
+                next(results)
+                self.assertRaises(KeyError, next, results)
+
     def test_map_rejects_impossible_sizes(self):
         for options in ({"chunksize": 0}, {"chunksize": None}, {"buffersize": 0}, {"buffersize": 1.5}):
             name = next(iter(options))
@@ -5130,6 +5330,9 @@ class FunctionTests:
         self.assertEqual(list(self.make(TaskWorker, init={"fn": pow}).map(pairs)), [1, 81])
         self.assertEqual(list(self.make(TaskWorker, init={"fn": pow}).map(pairs, chunksize=2)), [1, 81])
         self.assertEqual(list(self.make(TaskWorker, init={"fn": len}).map(pairs)), [2, 2])
+        for limits, expected in ((None, True), ([ResourceLimit("x", 1)], True)):        # which are no argument of the caller's
+            pool = self.make(TaskWorker, limits=limits, init={"fn": with_limits})
+            self.assertEqual(list(pool.map(pairs)), [(pair, expected) for pair in pairs])
         self.assertEqual(list(self.make(TaskWorker, init={"fn": lambda a, b=0: (a, b)}).map(pairs)), [(p, 0) for p in pairs])
 
     def test_run_in_executor(self):
@@ -5153,6 +5356,224 @@ class FunctionTests:
 
 
 over_modes(globals(), [FunctionTests])
+
+
+def numbers(*args):
+    yield 1
+
+
+async def numbers_async(*args):
+    yield 1
+
+
+class Numbers:
+    def __call__(self, *args):
+        yield 1
+
+    def each(self, *args):
+        yield 1
+
+
+@types.coroutine
+def stepwise(x):
+    yield from asyncio.sleep(0)
+    return x * x
+
+
+class Stepwise(Worker):
+    @types.coroutine
+    def square(self, x):
+        return (yield from stepwise(x))
+
+
+class Yields(Worker):
+    """Methods whose bodies would run in whoever iterates over what they return, and one that does so itself."""
+
+    def each(self):
+        yield 1
+
+    async def each_async(self):
+        yield 1
+
+    @staticmethod
+    def static():
+        yield 1
+
+    @classmethod
+    async def of_class(cls):
+        yield 1
+
+    def listed(self):
+        return list(self.each())
+
+
+class GeneratorTests:
+    """4.8: the body of a generator function would run in the caller."""
+
+    def refused(self, name, call, *args):
+        with self.subTest(call=call), \
+                self.assertRaisesRegex(TypeError, rf"{name}\(\) is a generator function: its body would run in the caller"):
+            call(*args)
+
+    def test_methods(self):
+        worker = self.make(Yields)
+        for name in ("each", "each_async", "static", "of_class"):
+            self.refused(f"^{name}", lambda: getattr(worker, name)())
+        self.assertEqual(worker.listed().result(SAFETY), [1])
+
+    def test_functions(self):
+        pool = self.make(TaskWorker)
+        for fn in (numbers, numbers_async, Numbers(), Numbers().each, lambda *args: (yield),
+                   functools.partial(numbers, 1), functools.partial(functools.partial(numbers_async, 1), 2)):
+            self.refused("", pool.submit, fn)
+            self.refused("", pool.map, fn, [1])
+            self.refused("", functools.partial(pool.map, fn, [1, 2], chunksize=2))
+        if self.mode not in AWAY:               # a generator may be an argument
+            self.assertEqual(pool.submit(list, numbers()).result(SAFETY), [1])
+
+    def test_bound_functions(self):
+        for fn in (numbers, numbers_async, functools.partial(numbers, 1), Numbers()):
+            for bound in (self.make(TaskWorker, init={"fn": fn}), task(mode=self.mode)(fn)):
+                self.refused("", bound)
+                self.refused("", bound.submit)
+                self.refused("", bound.map, [1])
+
+
+    def test_those_of_types_coroutine_are_coroutine_functions(self):
+        pool = self.make(TaskWorker)
+        self.assertEqual(pool.submit(stepwise, 3).result(SAFETY), 9)
+        self.assertEqual(list(pool.map(stepwise, [1, 2, 3])), [1, 4, 9])
+        self.assertEqual(list(pool.map(stepwise, [1, 2, 3], chunksize=2)), [1, 4, 9])
+        self.assertEqual(self.make(TaskWorker, stepwise)(3).result(SAFETY), 9)
+        self.assertEqual(self.make(Stepwise).square(3).result(SAFETY), 9)
+
+
+over_modes(globals(), [GeneratorTests])
+
+
+class ClientTests:
+    """6.1a: what clients of executors do with a handle of functions."""
+
+    def test_the_number_of_workers(self):
+        with Executor(self.mode) as pool:
+            self.assertEqual(pool._max_workers, pool.max_workers)
+        if self.mode in ("thread", "process"):
+            pool = self.make(TaskWorker, max_workers=2)
+            pool.resize(3)
+            self.assertEqual((pool._max_workers, pool.max_workers), (3, 3))
+
+    def test_attributes_are_set_and_deleted(self):
+        for pool in (self.make(TaskWorker), self.make(TaskWorker, square)):
+            pool.label = "mine"
+            self.assertEqual(pool.label, "mine")
+            del pool.label
+            self.assertRaises(AttributeError, lambda: pool.label)
+            kept = pool._pool
+            for name in ("mode", "blocking", "limits", "_max_workers", "_pool"):
+                self.assertRaises(AttributeError, setattr, pool, name, 1)
+                self.assertRaises(AttributeError, delattr, pool, name)
+            self.assertIs(pool._pool, kept)
+            self.assertEqual((pool.mode, pool._max_workers), (ExecutionMode(self.mode), 1))
+        self.assertRaises(AttributeError, setattr, self.make(Counter), "label", "mine")
+
+    def test_what_can_be_called(self):
+        self.assertFalse(callable(self.make(TaskWorker)))
+        with Executor(self.mode) as pool:
+            self.assertFalse(callable(pool))
+        self.assertTrue(callable(self.make(TaskWorker, init={"fn": square})))
+        self.assertTrue(callable(task(mode=self.mode)(square)))
+
+    def test_what_a_closed_one_raises(self):
+        async def in_executor(pool):
+            return await asyncio.get_running_loop().run_in_executor(pool, square, 3)
+        for end in (lambda pool: pool.shutdown(), lambda pool: pool.stop(), lambda pool: pool.shutdown(wait=False)):
+            pool, bound = self.make(TaskWorker), self.make(TaskWorker, square)
+            end(pool)
+            end(bound)
+            for refused in (lambda: pool.submit(square, 3), lambda: list(pool.map(square, [3])), lambda: bound(3),
+                            lambda: asyncio.run(in_executor(pool)), lambda: list(bound.map([3, 4], chunksize=2))):
+                self.assertRaisesRegex(RuntimeError, "cannot schedule new futures after shutdown", refused)
+
+    def test_what_it_raises_when_exit_has_ended_it(self):
+        code = textwrap.dedent("""
+            import atexit, sys
+            import concurry
+            pool = concurry.TaskWorker.options(mode=sys.argv[1]).init()
+            pool.submit(abs, 1).result()
+            def late():
+                try: pool.submit(abs, 1)
+                except RuntimeError as error: print("cannot schedule new futures after interpreter shutdown" in str(error))
+            atexit.register(late)
+        """)
+        self.assertEqual(run_script((Cluster.joining or "") + code, self.mode).stdout, "True\n")
+
+    def test_what_it_raises_once_exit_has_begun(self):
+        """In a done-callback of a call that exit cancels, for it waits for somebody else's future."""
+        code = textwrap.dedent("""
+            import sys, threading
+            import concurry
+            pool = concurry.TaskWorker.options(mode=sys.argv[1]).init()
+            pool.submit(abs, 1).result()
+            def late(future):
+                for way in (lambda: pool.submit(abs, 1), lambda: list(pool.map(abs, [1]))):
+                    try: way()
+                    except RuntimeError as error:
+                        print("cannot schedule new futures after interpreter shutdown" in str(error))
+            # In sync mode the caller waits.
+            threading.Thread(target=pool.submit, args=(abs, concurry.BaseFuture()), daemon=True).start()
+            while not pool._pool.calls: pass
+            next(iter(pool._pool.calls)).future.add_done_callback(late)
+        """)
+        ended = run_script((Cluster.joining or "") + code, self.mode)
+        self.assertEqual(ended.stdout, "True\n" * 2)
+
+
+over_modes(globals(), [ClientTests])
+
+
+class WithPackagesTests(CleanTestCase):
+    """6.1a: packages that are given an executor."""
+
+    def test_dask(self):
+        dask = self.need("dask")
+        for mode, schedulers in (("thread", ["threads"]), ("process", ["threads", "processes"])):
+            pool = self.start(TaskWorker, mode=mode, max_workers=2)
+            values = [dask.delayed(square)(n) for n in range(10)]
+            total = dask.delayed(sum)(values)
+            self.assertEqual(dask.compute(*values, total, scheduler=pool), (*map(square, range(10)), 285))
+            for scheduler in schedulers:
+                with self.subTest(mode=mode, scheduler=scheduler):
+                    self.assertEqual(dask.compute(*values, total, scheduler=scheduler, pool=pool), (*map(square, range(10)), 285))
+                    with dask.config.set(pool=pool, scheduler=scheduler):
+                        self.assertEqual(total.compute(), 285)
+            self.assertGreater(pool.stats()["done"], 0)
+
+    def test_more_executors(self):
+        """A thread of theirs submits; where the handle is shut down it ends quietly, as with the standard library's."""
+        more = self.need("more_executors")
+        for mode, end in (("thread", "shutdown"), ("process", "stop")):
+            raised, tries = [], os.path.join(self.folder(), "tries")
+            pool = self.start(TaskWorker, mode=mode, max_workers=2)
+            retrying = more.RetryExecutor(pool, max_attempts=3, sleep=0)
+            timed = more.TimeoutExecutor(more.MapExecutor(retrying, lambda n: n * 10), timeout=SAFETY)
+            self.assertEqual([timed.submit(square, n).result(SAFETY) for n in range(3)], [0, 10, 40])
+            self.assertEqual(timed.submit(fail_twice, tries).result(SAFETY), 30)
+            self.assertIsInstance(timed.submit(square, "x").exception(SAFETY), TypeError)
+            with unittest.mock.patch.object(threading, "excepthook", raised.append):
+                getattr(pool, end)()
+                timed.submit(square, 3)
+                retrying._submit_thread.join(SAFETY)
+            self.assertEqual([hooked.exc_value for hooked in raised], [])
+            timed.shutdown()
+            self.assertEqual([thread for thread in threading.enumerate() if "Executor" in thread.name], [])
+
+
+def fail_twice(path):
+    with open(path, "a") as file:
+        file.write("x")
+    if os.path.getsize(path) < 3:
+        raise OSError("again")
+    return 3
 
 
 def move_a_bar(desc, n, die=False):
@@ -5295,6 +5716,15 @@ class MapRunningTests:
         self.assertEqual(held.result(SAFETY), "held")
         self.assertEqual(self.pool.submit(square, 3).result(SAFETY), 9)
 
+    def test_a_timeout_tells_the_seconds_that_were_given(self):
+        pool = self.make(TaskWorker, max_queued_tasks=None)
+        held = pool.submit(hold, self.started, self.go)
+        for options in ({}, {"chunksize": 2}, {"buffersize": 1}, {"buffersize": 4, "chunksize": 2}):
+            with self.assertRaisesRegex(TimeoutError, r"^map\(\) has not had all its results within 0\.05 seconds$"):
+                list(pool.map(square, range(4), timeout=0.05, **options))
+        self.go.set()
+        self.assertEqual(held.result(SAFETY), "held")
+
     def test_leaving_early_cancels_the_rest(self):
         pool, ran = self.make(TaskWorker, max_queued_tasks=None), self.flag()
         what = ["pass", "hold", *["run"] * 50]
@@ -5328,6 +5758,109 @@ def item(what, started, go, ran):
 
 
 over_modes(globals(), [MapRunningTests], ["thread", "process", "ray"])
+
+
+class UnaskedTests:
+    """Calls that failed and that nobody has asked about: told once, at the end of their handle."""
+
+    def told(self, body, *args):
+        """Return what is logged while a body runs, and whatever it has left is collected."""
+        with self.assertLogs("concurry", "WARNING") as logs:
+            body(*args)
+            gc.collect()
+            logging.getLogger("concurry").warning("the end")
+        self.assertEqual(logs.records.pop().getMessage(), "the end")
+        return [record.getMessage() for record in logs.records]
+
+    def test_at_the_end_of_the_handle(self):
+        for end in ("shutdown", "stop"):
+            pool = self.make(TaskWorker, max_queued_tasks=None)
+            self.assertEqual(self.told(self.fail_and_forget, pool), [])
+            self.assertEqual(self.told(getattr(pool, end)), [
+                "TaskWorker: nobody asked for the results of 3 calls that failed; the first: KeyError: 'one'"])
+            self.assertEqual(self.told(getattr(pool, end)), [])
+
+    def fail_and_forget(self, pool):
+        for text in ("one", "two", "three"):
+            pool.submit(raise_key_error, text)
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+        gc.collect()                        # an exception may be part of a cycle
+
+    def test_all_are_counted(self):
+        def use():
+            with self.make(TaskWorker, max_queued_tasks=None) as pool:
+                for n in range(10):
+                    pool.submit(raise_key_error, n)
+        self.assertEqual(self.told(use), [
+            "TaskWorker: nobody asked for the results of 10 calls that failed; the first: KeyError: 0"])
+
+    def test_of_a_handle_that_is_dropped(self):
+        def use():
+            pool = TaskWorker.options(mode=self.mode, max_queued_tasks=None).init()
+            self.fail_and_forget(pool)
+            backend = pool._pool.backends[0].ended
+            del pool
+            gc.collect()
+            wait([backend], SAFETY)
+        self.assertEqual(self.told(use), [
+            "TaskWorker: nobody asked for the results of 3 calls that failed; the first: KeyError: 'one'"])
+
+    def test_of_methods(self):
+        worker = self.make(Counter)
+        worker.fail(ValueError("mine"))
+        worker.fail_async(ValueError("mine"))
+        worker.add().result(SAFETY)
+        until(lambda: worker.stats()["failed"] == 2)
+        gc.collect()
+        self.assertEqual(self.told(worker.shutdown), [
+            "Counter: nobody asked for the results of 2 calls that failed; the first: ValueError: mine"])
+
+    def test_but_those_that_somebody_has_asked_for(self):
+        def awaited(pool):
+            async def main():
+                with self.assertRaises(KeyError):
+                    await pool.submit(raise_key_error, "awaited")
+                with self.assertRaises(KeyError):
+                    await asyncio.get_running_loop().run_in_executor(pool, raise_key_error, "in executor")
+            asyncio.run(main())
+
+        def called_back(pool):
+            came = queue.SimpleQueue()
+            pool.submit(raise_key_error, "called back").add_done_callback(lambda future: came.put(future.exception()))
+            came.get(timeout=SAFETY)
+
+        for ask in (
+                lambda pool: self.assertRaises(KeyError, pool.submit(raise_key_error, "result").result, SAFETY),
+                lambda pool: pool.submit(raise_key_error, "exception").exception(SAFETY),
+                lambda pool: self.assertRaises(KeyError, gather, [pool.submit(raise_key_error, n) for n in range(3)]),
+                lambda pool: gather([pool.submit(raise_key_error, n) for n in range(3)], return_exceptions=True),
+                lambda pool: pool.submit(square, pool.submit(raise_key_error, "dependency")).exception(SAFETY),
+                lambda pool: self.assertRaises(KeyError, list, pool.map(raise_key_error, range(5))),
+                lambda pool: self.assertRaises(KeyError, list, pool.map(raise_key_error, range(5), chunksize=2)),
+                lambda pool: self.assertRaises(KeyError, next, pool.map(raise_key_error, range(5), buffersize=2)),
+                lambda pool: [future.exception() for future in as_completed([pool.submit(raise_key_error, n) for n in range(3)])],
+                awaited, called_back):
+            pool = self.make(TaskWorker, max_queued_tasks=None)
+            pool.submit(raise_key_error, "forgotten")
+            with self.subTest(inspect.getsource(ask).strip()[:80]):
+                self.assertEqual(self.told(ask, pool) + self.told(pool.shutdown), [
+                    "TaskWorker: nobody asked for the results of 1 calls that failed; the first: KeyError: 'forgotten'"])
+
+    def test_of_futures_that_outlive_the_handle(self):
+        pool = self.make(TaskWorker, max_queued_tasks=None)
+        kept = [pool.submit(raise_key_error, n) for n in range(3)]
+        self.assertEqual(self.told(pool.shutdown), [])
+        self.assertIsInstance(kept.pop().exception(0), KeyError)
+        told, = self.told(kept.clear)
+        self.assertRegex(told, r"^TaskWorker: nobody asked for the results of \d calls that failed; the first: KeyError: [01]$")
+
+
+
+def raise_key_error(key):
+    raise KeyError(key)
+
+
+over_modes(globals(), [UnaskedTests], MODES)
 
 
 @task(mode="sync")
@@ -5387,6 +5920,64 @@ class TaskTests(CleanTestCase):
             def try_acquire(self, wanted):
                 return types.SimpleNamespace(successful="mine")
         self.assertEqual(limited(3, limits=Mine()).result(SAFETY), (3, "mine"))
+
+    def looked_at(self, function):
+        """Do with a task what looks harmless."""
+        function.dump(io.StringIO())
+        return (repr(function), dir(function), function.stats(), function.get_pool_stats(), function.max_workers,
+                function._max_workers, function.limits, function.mode, function.retry_wait, callable(function),
+                hasattr(function, "no_such"), inspect.signature(function))
+
+    def test_to_look_at_it_decides_nothing(self):
+        """3.3: its configuration is read at the first call."""
+        before = threading.active_count()
+
+        @task(mode="thread", on_demand=False)
+        def configured():
+            return 1
+
+        @task(mode="thread", on_demand=False)
+        def configured_for_a_while():
+            return 2
+        for function in (configured, configured_for_a_while):
+            self.addCleanup(function.stop)
+            self.looked_at(function)
+        self.assertEqual(threading.active_count(), before)
+        self.addCleanup(global_config.reset_to_defaults)
+        global_config.thread.max_workers = 3
+        self.assertEqual((configured.max_workers, configured().result(SAFETY)), (3, 1))
+        with temp_config(thread_max_workers=2, global_retry_wait=7):
+            self.looked_at(configured_for_a_while)
+            self.assertEqual(configured_for_a_while().result(SAFETY), 2)
+        for function, workers, wait in ((configured, 3, 1.0), (configured_for_a_while, 2, 7.0)):
+            self.assertEqual((function.max_workers, function.get_pool_stats()["total_workers"], function.retry_wait),
+                             (workers, workers, wait))
+
+    def test_its_limits_before_the_first_call(self):
+        for limits in ([ResourceLimit("slots", 1)], [LimitSet([ResourceLimit("slots", 1)])]):
+            @task(mode="thread", limits=limits)
+            def held(started, go, limits):
+                with limits.acquire():
+                    return hold(started, go)
+            self.addCleanup(held.stop)
+            seen, started, go = held.limits, self.flag(), self.flag()
+            self.looked_at(held)
+            future = held(started, go)
+            started.wait()
+            found = in_use(seen if isinstance(seen, LimitSet) else limits[0])
+            go.set()
+            self.assertEqual((found, future.result(SAFETY)), ({"slots": 1}, "held"))
+            self.assertIs(held.limits, seen)
+
+    def test_it_is_resized_before_the_first_call(self):
+        @task(mode="thread", on_demand=False)
+        def sized():
+            return 1
+        self.addCleanup(sized.stop)
+        sized.resize(2)
+        self.assertEqual(sized.max_workers, 2)
+        sized().result(SAFETY)
+        self.assertEqual((sized.max_workers, sized.get_pool_stats()["total_workers"]), (2, 2))
 
     def test_options(self):
         @task(mode="asyncio", blocking=True)
@@ -5516,6 +6107,14 @@ class PoolStatsTests:
 over_modes(globals(), [PoolStatsTests], ["thread", "process", "ray"])
 
 
+def hold_for(seconds, started, go):
+    """Take so long for the clock by which a worker process measures its calls."""
+    clock = time.perf_counter
+    hold(started, go)
+    time.perf_counter = lambda: clock() + seconds
+    return "held"
+
+
 class InsideTests(CleanTestCase):
     def test_times(self):
         now = itertools.count()                     # a second passes whenever somebody looks
@@ -5524,6 +6123,36 @@ class InsideTests(CleanTestCase):
             worker.add()
             stats = worker.stats()
         self.assertEqual((stats["time_waiting"], stats["time_running"]), (1.0, 1.0))
+
+    def test_the_time_of_a_long_call(self):
+        """Of more than 71 minutes, as many microseconds as an answer can tell."""
+        for seconds in (3600, 5000, 10 ** 6):
+            clock, started, go = HandClock(), self.flag(), self.flag()
+            with unittest.mock.patch.object(concurry, "_now", clock):
+                pool = self.start(TaskWorker, mode="process")
+                self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+                clock.now += 10
+                long = pool.submit(hold_for, seconds, started, go)
+                started.wait()
+                clock.now += seconds
+                go.set()
+                self.assertEqual(long.result(SAFETY), "held")
+                self.assertAlmostEqual(pool.stats()["time_running"], seconds, delta=100)
+                self.assertAlmostEqual(pool.stats()["time_waiting"], 0, delta=100)
+
+    def test_one_quick_call_makes_no_quick_worker(self):
+        """What stands behind a call of a worker that was slow just now can be cancelled."""
+        pool, started, go = self.start(TaskWorker, mode="process", max_queued_tasks=None), self.flag(), self.flag()
+        go.set()
+        self.assertEqual(pool.submit(hold_for, 1.1, started, go).result(SAFETY), "held")
+        go.count(), started.count()
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+        held = pool.submit(hold, started, go)
+        behind = [pool.submit(square, n) for n in range(3)]
+        started.wait()
+        self.assertEqual([future.cancel() for future in behind], [True] * 3)
+        go.set()
+        self.assertEqual(held.result(SAFETY), "held")
 
     def test_times_of_what_is_killed(self):
         for deaths, end in ((1, lambda call: os.kill(worker._pool.backends[0].link.process.pid, signal.SIGKILL)),
@@ -6320,6 +6949,183 @@ def inside_at_most(path):
 over_modes(globals(), [LimitedPoolTests], ["thread", "process", "ray"])
 
 
+class ReturnsHeld:
+    """Called it gives a coroutine, which nobody can tell before."""
+
+    def __call__(self, *args):
+        return hold_async(*args)
+
+
+async def hold_async(started, go, result="held"):
+    started.set()
+    await asyncio.to_thread(go.wait)
+    return result
+
+
+def logged(fn):
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        return fn(*args, **kwargs)
+    return wrapper
+
+
+def within_limits(x, limits):
+    with limits.acquire():
+        return x, in_use(limits)
+
+
+@logged
+def within_limits_logged(x, limits):
+    return within_limits(x, limits)
+
+
+async def within_limits_async(x, limits):
+    async with limits.async_acquire():
+        return x, in_use(limits)
+
+
+def any_keywords(x, **kwargs):
+    return x, kwargs
+
+
+def acquire_at_once(x, limits):
+    with limits.try_acquire() as acquired:
+        return x, acquired.successful
+
+
+class FunctionLimitTests:
+    """6.5a, for what calls one function at a time."""
+
+    def ways(self, fn, limits, **options):
+        """Yield (name, submit, map) for each kind of handle with these limits."""
+        single = {"max_workers": 1} if self.mode in ("thread", "process", "ray") else {}
+        executor = Executor(self.mode, limits=limits, **single, **options)
+        self.addCleanup(executor.stop, 5)
+        unbound = self.make(TaskWorker, limits=limits, **options)
+        for name, pool in (("Executor", executor), ("TaskWorker", unbound)):
+            yield name, functools.partial(pool.submit, fn), functools.partial(pool.map, fn)
+        decorated = task(mode=self.mode, limits=limits, **single, **options)(fn)
+        self.addCleanup(decorated.stop, 5)
+        for name, pool in (("bound", self.make(TaskWorker, limits=limits, init={"fn": fn}, **options)), ("@task", decorated)):
+            yield name, pool, pool.map
+            yield name, pool.submit, pool.map
+
+    def test_a_parameter_limits_gets_them(self):
+        for fn in (within_limits, within_limits_logged, within_limits_async, functools.partial(within_limits)):
+            limits = LimitSet([ResourceLimit("slots", 1)])
+            for name, submit, map in self.ways(fn, limits):
+                with self.subTest(name, fn=fn):
+                    self.assertEqual(submit(1).result(SAFETY), (1, {"slots": 1}))
+                    for chunksize in (1, 2):
+                        self.assertEqual(list(map([1, 2, 3], chunksize=chunksize)), [(n, {"slots": 1}) for n in (1, 2, 3)])
+            self.assertEqual(in_use(limits), {"slots": 0})
+
+    def test_a_parameter_limits_that_is_given_or_has_a_default(self):
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        for name, submit, map in self.ways(with_default_limits, limits):
+            with self.subTest(name):
+                self.assertEqual([submit(1, "given").result(SAFETY), submit(1, limits="given").result(SAFETY)], [(1, "given")] * 2)
+                self.assertEqual(list(map([1, 2], ["given"] * 2, chunksize=2)), [(1, "given"), (2, "given")])
+                self.assertEqual([type(got) for _, got in [submit(1).result(SAFETY), *map([1, 2])]], [LimitSet] * 3)
+        for name, submit, map in self.ways(with_default_limits, None):
+            with self.subTest(name, limits=None):
+                self.assertEqual([submit(1).result(SAFETY), *map([1, 2], chunksize=2)], [(1, "mine"), (1, "mine"), (2, "mine")])
+        for name, submit, map in self.ways(with_limits, None):      # one that has none gets those which are free
+            with self.subTest(name, limits=None):
+                self.assertEqual([submit(1).result(SAFETY), *map([1, 2], chunksize=2)], [(1, True), (1, True), (2, True)])
+
+    def test_a_function_without_one_runs_within_them(self):
+        """To its end, where it gives a coroutine, too."""
+        for fn in (hold, hold_async, ReturnsHeld()):
+            limits = LimitSet([ResourceLimit("slots", 1)])
+            for name, submit, map in self.ways(fn, limits):
+                for call in (lambda *args: submit(*args).result(), lambda *args: next(map(*zip(args), chunksize=1)),
+                             lambda *args: list(map(*zip(args, args), chunksize=2))[0]):
+                    with self.subTest(name, fn=fn):
+                        started, go = self.flag(), self.flag()
+                        held = in_thread(call, started, go)
+                        started.wait()
+                        within = in_use(limits)
+                        go.set()
+                        self.assertEqual((within, held.result(SAFETY)), ({"slots": 1}, "held"))
+                        # As soon as a result is seen, what its call held is free.
+                        self.assertEqual(in_use(limits), {"slots": 0})
+
+    def test_a_parameter_limits_that_a_partial_gives(self):
+        limits, rate = LimitSet([ResourceLimit("slots", 1)]), [RateLimit("tokens", 100, per="hour")]
+        for fn in (functools.partial(acquire_at_once, limits=limits), functools.partial(acquire_at_once, "x", limits)):
+            args = [()] if fn.args else [("x",)]
+            for pool in (self.make(TaskWorker, limits=limits), self.make(TaskWorker, limits=rate)):
+                with self.subTest(fn=fn, limits=pool.limits):
+                    self.assertEqual(pool.submit(fn, *args[0]).result(SAFETY), ("x", True))
+
+    def test_each_attempt_is_counted(self):
+        for fn in (square, square_async):
+            limits = LimitSet([CallLimit(1000, per="hour"), ResourceLimit("slots", 1)])
+            for name, submit, map in self.ways(fn, limits, num_retries=2, retry_wait=0):
+                with self.subTest(name, fn=fn):
+                    before = limits.get_stats()["call_count"]["granted"]
+                    self.assertEqual((submit(3).result(SAFETY), type(submit("x").exception(SAFETY))), (9, TypeError))
+                    for chunksize in (1, 2):
+                        self.assertRaises(TypeError, list, map([1, "x"], chunksize=chunksize))
+                    self.assertEqual(limits.get_stats()["call_count"]["granted"] - before, 3 * (1 + 3))
+                    self.assertEqual(in_use(limits)["slots"], 0)
+
+    def test_a_pool_of_sets(self):
+        sets = [LimitSet([ResourceLimit("slots", 1)]) for _ in range(2)]
+        for name, submit, map in self.ways(hold, sets):
+            with self.subTest(name):
+                started, go = self.flag(), self.flag()
+                held = in_thread(lambda *args: submit(*args).result(), started, go)
+                started.wait()
+                within = sorted(in_use(each)["slots"] for each in sets)
+                go.set()
+                self.assertEqual((within, held.result(SAFETY)), ([0, 1], "held"))
+                self.assertEqual([in_use(each)["slots"] for each in sets], [0, 0])
+
+    def test_rates_of_which_only_the_function_knows_how_much_it_takes(self):
+        rate = RateLimit("tokens", 100, per="hour")
+        for limits in ([rate, ResourceLimit("slots", 1)], [LimitSet([ResourceLimit("slots", 1)]), LimitSet([rate])]):
+            for name, submit, map in self.ways(square, limits):
+                for call in (lambda: submit(3), lambda: map([3]), lambda: map([3, 4], chunksize=2)):
+                    with self.subTest(name), self.assertRaisesRegex(ValueError, (
+                            r"^square\(\) cannot be called within the rate limit 'tokens': .* a parameter `limits`")):
+                        call()
+        for name, submit, map in self.ways(any_keywords, [rate]):
+            with self.subTest(name):
+                self.assertRaisesRegex(ValueError, "any_keywords", submit, 1)
+                self.assertEqual(submit(1, limits="given").result(SAFETY), (1, {"limits": "given"}))
+        for fn in (with_default_limits, within_limits_logged):
+            for name, submit, map in self.ways(fn, [rate]):
+                with self.subTest(name, fn=fn):
+                    self.assertEqual([submit(1).result(SAFETY)[0], *next(map([2]))[:1]], [1, 2])
+
+
+over_modes(globals(), [FunctionLimitTests], MODES)
+
+
+class FunctionLimitPoolTests:
+    """6.5a, where two workers would be inside."""
+
+    def test_never_more_than_the_capacity(self):
+        path, limits = os.path.join(self.folder(), "log"), LimitSet([ResourceLimit("slots", 1)])
+        pool = self.make(TaskWorker, max_workers=2, max_queued_tasks=None, limits=limits)
+        started, go = self.flag(), self.flag()
+        held = [pool.submit(fn, started, go) for fn in (hold, hold_async)]
+        self.addCleanup(go.set)
+        until(lambda: limits.get_stats()["slots"]["waiting"] == 1)
+        started.wait()
+        self.assertEqual((started.count(), in_use(limits)), (1, {"slots": 1}))
+        go.set()
+        self.assertEqual(gather(held, timeout=SAFETY), ["held", "held"])
+        list(pool.map(log_inside, [path] * 20))
+        list(pool.map(log_inside, [path] * 20, chunksize=5))
+        self.assertEqual((inside_at_most(path), os.path.getsize(path), in_use(limits)), (1, 80, {"slots": 0}))
+
+
+over_modes(globals(), [FunctionLimitPoolTests], ["thread", "process", "ray"])
+
+
 class LimitedTaskTests(CleanTestCase):
     def test_task(self):
         self.addCleanup(limited_task.stop)
@@ -6859,6 +7665,25 @@ class NameTests(CleanTestCase):
             self.assertRegex(str(error), r"^shop-0 \(pid \d+\) died")
             self.assertEqual(error.worker, "shop-0")
             until(lambda: any("shop-0" in line for line in logs.output))
+
+    def test_without_one_it_is_the_bound_function(self):
+        for mode in ("thread", "process", "asyncio"):
+            decorated = task(mode=mode)(who_am_i)
+            self.addCleanup(decorated.stop, 5)
+            for bound in (self.start(TaskWorker, mode=mode, init={"fn": who_am_i}), self.start(TaskWorker, who_am_i, mode=mode), decorated):
+                self.assertEqual(bound().result(SAFETY)[0], "who_am_i-0" + "-plain" * (mode == "asyncio"))
+                bound.shutdown()
+                self.assertRaisesRegex(RuntimeError, "^cannot submit to who_am_i: ", bound)
+        with self.start(TaskWorker, mode="thread", init={"fn": lambda: threading.current_thread().name}) as nameless:
+            self.assertEqual(nameless().result(SAFETY), "TaskWorker-0")
+
+    def test_state_is_lost_where_there_is_some(self):
+        for cls, lost in ((TaskWorker, False), (Patient, True)):
+            with self.log_of() as logs, self.start(cls, mode="process", name="shop") as worker:
+                error = (worker.submit(os._exit, 3) if cls is TaskWorker else worker.exit(3)).exception(SAFETY)
+                self.assertIs(type(error), WorkerDiedError)
+                until(lambda: any("takes its place" in line for line in logs.output))
+            self.assertEqual(any("its state is lost" in line for line in logs.output), lost)
 
     def test_without_one_it_is_the_class(self):
         with self.start(Counter, mode="thread") as worker:
@@ -8666,6 +9491,243 @@ class ByValueErrorTests(ProgramCase):
         error = RemoteError("a.B", "text", "trace")
         again = pickle.loads(pickle.dumps(error))
         self.assertEqual((again.type_name, again.traceback, str(again)), ("a.B", "trace", "a.B: text"))
+
+
+# Functions that raise what HTTP clients do, in workers that have nothing but this file.
+
+def raise_of_requests():
+    import requests
+    response = requests.Response()
+    response.status_code, response._content = 429, b"slowly, please"
+    response.headers["Retry-After"] = "3"
+    response.request = requests.Request("GET", "http://here/").prepare()
+    response.raise_for_status()
+
+
+def raise_of_httpx():
+    import httpx
+    request = httpx.Request("GET", "http://here/")
+    httpx.Response(429, request=request, headers={"retry-after": "7"}, content=b"slowly, please").raise_for_status()
+
+
+def raise_connecting_of_httpx():
+    import httpx
+    raise httpx.ConnectError("refused", request=httpx.Request("GET", "http://here/"))
+
+
+def raise_of_aiohttp():
+    import aiohttp
+    import multidict
+    import yarl
+    headers = multidict.CIMultiDictProxy(multidict.CIMultiDict({"Retry-After": "4"}))
+    url = yarl.URL("http://here/")
+    raise aiohttp.ClientResponseError(aiohttp.RequestInfo(url, "GET", headers, url), (), status=503, message="later", headers=headers)
+
+
+def raise_connecting_of_aiohttp():
+    import aiohttp
+    key = aiohttp.client_reqrep.ConnectionKey("here", 80, False, True, None, None, None)
+    raise aiohttp.ClientConnectorError(key, OSError(111, "refused"))
+
+
+class StatusError(Exception):
+    """As the clients of LLM services raise them."""
+
+    def __init__(self, message, *, response, body):
+        super().__init__(message)
+        self.response, self.body, self.status_code, self.lock = response, body, response.status_code, threading.Lock()
+
+
+def raise_status_error():
+    response = types.SimpleNamespace(status_code=429, headers={"retry-after-ms": "1500"})
+    raise StatusError("slowly, please", response=response, body={"type": "rate_limit"})
+
+
+def raise_group():
+    try:
+        raise_status_error()
+    except StatusError as error:
+        raise ExceptionGroup("several", [error, ExceptionGroup("inner", [error, KeyError(1)])]) from error
+
+
+class ErrorTravelTests(CleanTestCase):
+    """4.5: exceptions of workers in other processes keep their type, and what they carry."""
+
+    def raised(self, fn):
+        """Return what a function has raised in a process; check that it is the same of a chunk."""
+        pool = self.start(TaskWorker, mode="process")
+        error = pool.submit(fn).exception(SAFETY)
+        of_chunk = in_thread(lambda: list(pool.map(lambda _: fn(), [1, 2], chunksize=2))).exception(SAFETY)
+        self.assertEqual((type(of_chunk), str(of_chunk)), (type(error), str(error)))
+        self.assertIn(fn.__name__, str(error.__cause__))
+        return error
+
+    def test_of_requests(self):
+        requests = self.need("requests")
+        error = self.raised(raise_of_requests)
+        self.assertIs(type(error), requests.HTTPError)
+        self.assertEqual((error.response.status_code, error.response.text, error.request.url, concurry._wait_asked_for(error)),
+                         (429, "slowly, please", "http://here/", 3.0))
+
+    def test_of_httpx(self):
+        httpx = self.need("httpx")
+        error = self.raised(raise_of_httpx)
+        self.assertIs(type(error), httpx.HTTPStatusError)
+        self.assertEqual((error.response.status_code, error.response.text, str(error.request.url), concurry._wait_asked_for(error)),
+                         (429, "slowly, please", "http://here/", 7.0))
+        error = self.raised(raise_connecting_of_httpx)
+        self.assertEqual((type(error), str(error), str(error.request.url)), (httpx.ConnectError, "refused", "http://here/"))
+
+    def test_of_aiohttp(self):
+        aiohttp = self.need("aiohttp")
+        error = self.raised(raise_of_aiohttp)
+        self.assertIs(type(error), aiohttp.ClientResponseError)
+        self.assertEqual((error.status, error.message, error.headers["retry-after"], str(error.request_info.url),
+                          concurry._wait_asked_for(error)), (503, "later", "4", "http://here/", 4.0))
+        error = self.raised(raise_connecting_of_aiohttp)
+        self.assertEqual((type(error), error.host, error.os_error.errno), (aiohttp.ClientConnectorError, "here", 111))
+
+    def test_with_arguments_by_keyword_only(self):
+        """Less the members that do not travel, which are named in a note."""
+        error = self.raised(raise_status_error)
+        self.assertIs(type(error), StatusError)
+        self.assertEqual((str(error), error.status_code, error.body, concurry._wait_asked_for(error), error.__notes__),
+                         ("slowly, please", 429, {"type": "rate_limit"}, 1.5, ["these members could not travel from the worker: lock"]))
+        self.assertFalse(hasattr(error, "lock"))
+
+    def test_within_others(self):
+        error = self.raised(raise_group)
+        self.assertIs(type(error), ExceptionGroup)
+        first, inner = error.exceptions
+        self.assertEqual([type(first), *map(type, inner.exceptions)], [StatusError, StatusError, KeyError])
+        self.assertEqual((first.status_code, concurry._wait_asked_for(inner.exceptions[0])), (429, 1.5))
+
+
+def call_me(*args):
+    return "called"
+
+
+class Nonsense:
+    """Its `__reduce__` returns whatever it is told."""
+
+    def __init__(self, reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class NonsenseByProtocol(Nonsense):
+    def __reduce_ex__(self, protocol):
+        return self.reduced
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def raise_nested(depth):
+    raise ValueError(nested(depth))
+
+
+class WithoutArgs(Exception):
+    def __init__(self, *, lock):
+        self.lock = lock
+
+    @property
+    def args(self):
+        raise ValueError("there are none")
+
+
+class OtherArgs(WithoutArgs):
+    args = 5
+
+
+def raise_without_args():
+    raise WithoutArgs(lock=threading.Lock())
+
+
+def raise_with_other_args():
+    raise OtherArgs(lock=threading.Lock())
+
+
+def raise_nested_groups():
+    error = ValueError(threading.Lock())
+    for _ in range(500):
+        error = ExceptionGroup("one more", [error])
+    raise error
+
+
+class NonsenseTests(CleanTestCase):
+    """4.5: what cannot travel fails its call alone."""
+
+    def setUp(self):
+        self.pool = self.start(TaskWorker, mode="process")
+        self.pid = self.pool.submit(os.getpid).result(SAFETY)
+
+    def check(self, place, future):
+        error = future.exception(SAFETY)
+        self.assertIsInstance(error, pickle.PicklingError)
+        self.assertRegex(str(error), place)
+        self.assertEqual(self.pool.submit(os.getpid).result(SAFETY), self.pid)
+
+    def test_what_reduce_returns(self):
+        for reduced in (5, None, (), ("x",), b"x", [call_me, ()], (call_me,), (call_me, 5), (call_me, [1]), (5, ()),
+                        (call_me, (), None, 5), (call_me, (), None, None, 5), (call_me, (), None, None, None, 5),
+                        (call_me, (), None, None, None, None, None), "no_such_name"):
+            for cls in (Nonsense, NonsenseByProtocol):
+                with self.subTest(reduced=reduced, cls=cls):
+                    self.check(r"^argument 2(\[1\]\['x'\])? of submit\(\): ", self.pool.submit(len, [1, {"x": cls(reduced)}]))
+                    self.check(r"^result(\[1\]\['x'\])? of submit\(\): ", self.pool.submit(nonsense, cls.__name__, pickle.dumps(reduced)))
+
+    def test_exceptions_that_cannot_be_taken_apart(self):
+        for fn in (raise_without_args, raise_with_other_args, raise_nested_groups):
+            with self.subTest(fn.__name__):
+                self.assertNotIsInstance(self.pool.submit(fn).exception(SAFETY), WorkerDiedError)
+                self.assertEqual(self.pool.submit(os.getpid).result(SAFETY), self.pid)
+
+    def test_what_is_nested_too_deeply(self):
+        self.check(r"^argument 2 of submit\(\): cannot pickle 'list' object: it is nested too deeply$", self.pool.submit(len, nested(100_000)))
+        self.check(r"^result of submit\(\): cannot pickle 'list' object: it is nested too deeply$", self.pool.submit(nested, 100_000))
+        error = self.pool.submit(raise_nested, 100_000).exception(SAFETY)
+        self.assertEqual((type(error), error.__notes__), (ValueError, ["these members could not travel from the worker: args[0]"]))
+        self.assertEqual(self.pool.submit(os.getpid).result(SAFETY), self.pid)
+
+
+def nonsense(name, reduced):
+    return [1, {"x": globals()[name](pickle.loads(reduced))}]
+
+
+class Buffered:
+    """Its bytes go as a buffer of their own, if they are enough."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __reduce_ex__(self, protocol):
+        return Buffered, (pickle.PickleBuffer(self.data),)
+
+
+def many_buffers(n):
+    concurry._BUFFER_SIZE = 1           # of the worker
+    return [Buffered(b"%d" % number) for number in range(n)]
+
+
+def joined(each):
+    return b" ".join(bytes(one.data) for one in each)
+
+
+class ManyBuffersTests(CleanTestCase):
+    def test_there_may_be_more_than_65535_buffers(self):
+        pool, n = self.start(TaskWorker, mode="process"), 70_000
+        expected = b" ".join(b"%d" % number for number in range(n))
+        self.assertEqual(joined(pool.submit(many_buffers, n).result(SAFETY)), expected)
+        with unittest.mock.patch.object(concurry, "_BUFFER_SIZE", 1):
+            future = pool.submit(joined, [Buffered(b"%d" % number) for number in range(n)])
+        self.assertEqual(future.result(SAFETY), expected)
 
 
 class ByValueOptionalTests(ProgramCase):
@@ -12167,6 +13229,20 @@ class MessageTests(CleanTestCase):
             with self.subTest(text):
                 self.assertRaisesRegex(error, text, wrong)
 
+    def test_what_to_do_is_told(self):
+        worker, builder = self.start(Counter, mode="sync"), Counter.options(mode="sync")
+        for wrong, error, text in (
+                *((lambda name=name: getattr(builder, name), AttributeError,
+                   rf"^'{name}' is looked for before the worker is there: .* call \.init\(\.\.\.\)") for name in ("add", "stop", "submit")),
+                *((lambda name=name: getattr(worker, name), AttributeError,
+                   f"^Counter has no method '{name}', which is for functions .*: call the methods of Counter") for name in ("submit", "map")),
+                (lambda: RateLimit("tokens", 1, per="min"), ValueError, "^a window of 'min' is not possible: .* did you mean 'minute'\\?$"),
+                (lambda: RateLimit("tokens", 1, window="hr"), ValueError, "^a window of 'hr' .*or give a number of seconds, did you mean 'hour'\\?$"),
+                (lambda: CallLimit(1, "fortnight"), ValueError, "^a window of 'fortnight' .*, or give a number of seconds$")):
+            with self.subTest(text):
+                self.assertRaisesRegex(error, text, wrong)
+        self.assertEqual((hasattr(builder, "add"), hasattr(worker, "submit")), (False, False))
+
 
 # === The file itself ===
 
@@ -12210,6 +13286,34 @@ class VendoringTests(ProgramCase):
                                    cwd=folder, env={**os.environ, "PYTHONPATH": FOLDER}, capture_output=True, text=True, timeout=SAFETY)
             self.assertEqual((ended.stdout, ended.stderr, ended.returncode),
                              ("('A', True, False)\n('B', True, False)\n", "concurry: line 3: Error: from mine\n", 1))
+
+
+class RunByItsPathTests(CleanTestCase):
+    """`runpy.run_path`: its module has no spec, and is in `sys.modules` no more when it is used."""
+
+    def setUp(self):
+        self.names = types.SimpleNamespace(**runpy.run_path(SOURCE))
+
+    def test_functions_and_failures(self):
+        for mode in ("sync", "thread", "asyncio"):
+            with self.assertLogs(self.names.logger, "WARNING") as logs:
+                pool = self.names.TaskWorker.options(mode=mode).init()
+                self.addCleanup(pool.stop)
+                pool.submit(raise_key_error, "forgotten")
+                self.assertEqual((pool.submit(square, 3).result(SAFETY), list(pool.map(square, range(3)))), (9, [0, 1, 4]))
+                gc.collect()
+                pool.shutdown()
+            self.assertEqual([record.getMessage() for record in logs.records], [
+                "TaskWorker: nobody asked for the results of 1 calls that failed; the first: KeyError: 'forgotten'"])
+
+    def test_its_code_for_ray(self):
+        code = []
+        with unittest.mock.patch.dict(self.names._own_module.__globals__, _ray=lambda: types.SimpleNamespace(put=code.append)):
+            name, path, _ = self.names._own_module()
+        self.assertEqual(path, SOURCE)
+        namespace = {"__name__": name, "__file__": path}
+        exec(marshal.loads(code[0]), namespace)
+        self.assertEqual(namespace["__version__"], concurry.__version__)
 
 
 class ImportTests(ProgramCase):
@@ -12501,6 +13605,94 @@ class CommandLineTests(ProgramCase):
     def test_standard_input_by_its_name(self):
         self.assertEqual(self.map("--mode", "thread", "-e", "(lambda json: json)(x) + json.dumps(1)", "-", text="a\n"),
                          ("a1\n", ""))
+
+    def test_standard_input_is_empty_for_the_callable(self):
+        """Also for the programs that it starts: no line is lost to them. Each is longer than what is read at once."""
+        text, code = "".join(f"{n}" * 100_000 + "\n" for n in range(4)), \
+            "(x[:1], len(x), sys.stdin.read(), os.read(0, 9), subprocess.run('cat', capture_output=True).stdout)"
+        for mode in ("sync", "thread", "process", "asyncio"):
+            with self.subTest(mode):
+                self.assertEqual(self.map("--mode", mode, "-e", code, text=text),
+                                 ("".join(f"('{n}', 100000, '', b'', b'')\n" for n in range(4)), ""))
+
+    def bytes(self, *words, text):
+        """Return what comes of bytes."""
+        ended = subprocess.run([*AS_MODULE, "map", "--mode", "thread", *words], input=text, capture_output=True, timeout=SAFETY)
+        self.assertEqual((ended.returncode, ended.stderr), (0, b""))
+        return ended.stdout
+
+    def test_ends_of_lines(self):
+        folder = self.folder()
+        for text, lines in ((b"a\r\nb\r\n", ["a", "b"]), (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", ["a", "\ufeffb"]), (b"a\rb\nc\r", ["a\rb", "c\r"]),
+                            (b"a\r\r\n\n\r\n", ["a\r", "", ""]), (b"a\x0bb\x1cc\xe2\x80\xa8d\0e\n", ["a\vb\x1cc\u2028d\0e"]),
+                            (b"\xef\xbb\xbf", [""]), (b"\r\n", [""])):
+            expected = "".join(f"{line!r}\n" for line in lines).encode()
+            with open(path := os.path.join(folder, "lines"), "wb") as file:
+                file.write(text)
+            with self.subTest(text=text):
+                self.assertEqual([self.bytes("-e", "repr(x)", text=text), self.bytes("-e", "repr(x)", path, text=b"")], [expected] * 2)
+
+    def test_records_that_end_in_nul(self):
+        text = b"\xef\xbb\xbfa\nb\0c\r\n\0\0" + b"d" * 200_000
+        for words in (["-0"], ["--null"]):
+            self.assertEqual(self.bytes(*words, "-e", "repr(x)", text=text), b"'a\\nb'\n'c\\r\\n'\n''\n'" + b"d" * 200_000 + b"'\n")
+            self.assertEqual(self.bytes(*words, "--print0", "-e", "x", text=text), text[3:] + b"\0")
+            self.assertEqual(self.bytes("-e", "x", *words, text=b"a\0b\0"), b"a\nb\n")
+        self.assertEqual(self.bytes("--print0", "-e", "x", text=b"a\nb\n"), b"a\0b\0")
+        folder = self.folder()
+        with open(os.path.join(folder, "records"), "wb") as file:
+            file.write(b"1\0" b"2\0x")
+        output, errors = self.map("-0", "--progress", "--keep-going", "-e", "int(x)", "records", folder=folder, status=1)
+        self.assertEqual(output, "1\n2\n")
+        self.assertRegex(errors, r"^concurry: records:3: ValueError.*\n100% 3/3 ")
+
+    def test_options_between_and_after_names(self):
+        folder = self.folder()
+        self.write(folder, a="1\n", b="2\n", mod="def half(x): return x / 2")
+        for words in (["mod:half", "--json", "a.py", "--mode", "thread", "b.py"], ["mod:half", "a.py", "b.py", "--json", "--mode=thread"],
+                      ["a.py", "--json", "-e", "x / 2", "b.py", "--mode", "thread"], ["--json", "a.py", "b.py", "-e", "x / 2"]):
+            with self.subTest(words):
+                self.assertEqual(self.map(*words, folder=folder), ("0.5\n1.0\n", ""))
+
+    def test_expressions_that_begin_with_a_minus(self):
+        for expression, result in (("-int(x)", "-7"), ("-len(x)==-1", "True"), ("--int(x)", "7"), ("-1", "-1")):
+            self.assertEqual(self.map("-e", expression, "--mode", "thread", text="7\n"), (result + "\n", ""))
+        self.assertEqual(self.map("-e", "-0", "--mode", "thread", text="7\n"), ("0\n", ""))
+        folder = self.folder()
+        with open(os.path.join(folder, "-0"), "w") as file:
+            file.write("7\n")
+        self.assertEqual(self.map("-e", "x", "--mode=thread", "--", "-0", folder=folder), ("7\n", ""))
+        self.assertIn("expected one argument", self.misused("-e"))
+
+    def test_without_a_standard_error(self):
+        """Results are printed, and the status tells."""
+        for mode in ("process", "thread", "sync"):
+            for words, output, status in (("--keep-going", "1\n2\n", 1), ("", "1\n", 1), ("--progress --keep-going", "1\n2\n", 1)):
+                command = f"printf '1\\nx\\n2\\n' | {sys.executable} -m concurry map --mode {mode} {words} -e 'int(x)' 2>&-"
+                ended = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, timeout=SAFETY)
+                with self.subTest(mode, words=words):
+                    self.assertEqual((ended.stdout, ended.returncode), (output, status))
+
+    def test_it_is_called_in_a_program(self):
+        """Whose streams are objects; its standard input is put back, as file and as object."""
+        reads, writes = os.pipe()
+        os.write(writes, b"1\n2\n")
+        os.close(writes)
+        before, stdin = os.dup(0), sys.stdin
+        os.dup2(reads, 0)
+        os.close(reads)
+        try:
+            for expected in ("(2, '')\n(4, '')\n", ""):       # the second time nothing is left
+                with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors, \
+                        unittest.mock.patch.object(sys, "path", sys.path[:]):
+                    inside = os.fstat(0).st_ino
+                    status = concurry.main(["map", "--mode", "thread", "-e", "(int(x) * 2, sys.stdin.read())"])
+                self.assertEqual((status, errors.getvalue(), os.fstat(0).st_ino), (0, "", inside))
+                self.assertIs(sys.stdin, stdin)
+                self.assertEqual(output.getvalue(), expected)
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
 
     def test_streams_that_are_closed_or_full(self):
         for redirection, status, message in ((">/dev/full", 1, "the output cannot be written"),
