@@ -50,6 +50,7 @@ import builtins
 import collections.abc
 import concurrent.futures
 import contextvars
+import copyreg
 import enum
 import functools
 import heapq
@@ -935,11 +936,13 @@ class _Failures:
     """The calls of one pool that failed and that nobody has asked about: told once, at its end."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.count, self.first, self.is_over, self.is_told = name, 0, "", False, False
+        self.name, self.count, self.is_over, self.is_told = name, 0, False, False
+        self.numbers, self.first = itertools.count(), (math.inf, "")
 
-    def add(self, error: BaseException) -> None:
+    def add(self, number: int, error: BaseException) -> None:
         self.count += 1
-        self.first = self.first or f"{type(error).__name__}: {_text(error)}"
+        if number < self.first[0]:
+            self.first = number, f"{type(error).__name__}: {_text(error)}"
         self.tell()
 
     def end(self) -> None:
@@ -949,19 +952,20 @@ class _Failures:
     def tell(self) -> None:
         if self.is_over and self.count and not self.is_told:
             self.is_told = True
-            logger.warning("%s: nobody asked for the results of %d calls that failed; the first: %s", self.name,
-                           self.count, self.first)
+            # There may be more, which wait for the garbage collector.
+            logger.warning("%s: nobody asked for the results of calls that failed, at least %d; the first: %s",
+                           self.name, self.count, self.first[1])
 
 
 class _Unasked:
     """Part of a failed future until somebody asks: if it goes with that, nobody ever will."""
 
-    def __init__(self, failures: _Failures | None, error: BaseException) -> None:
-        self.failures, self.error = failures, error
+    def __init__(self, failures: Any, error: BaseException) -> None:
+        self.failures, self.number, self.error = failures, next(failures.numbers), error
 
     def __del__(self) -> None:
         if self.failures is not None:
-            self.failures.add(self.error)
+            self.failures.add(self.number, self.error)
 
 
 def _ask_for(future: Any) -> None:
@@ -4328,6 +4332,10 @@ class _Recipe:
         self.config = global_config._copy()     # as it is here and now
         self.async_names = _async_names(cls)
 
+    def let_go(self) -> None:
+        """Keep nothing of the user's: nothing will be built any more."""
+        self.args, self.kwargs, self.initargs, self.initkwargs = (), {}, (), {}
+
     def build(self) -> Any:
         if self.initializer is not None:
             self.initializer(*self.initargs, **self.initkwargs)
@@ -4393,6 +4401,7 @@ class _Runner:
         What runs can tell by `calling` what it is part of.
         """
         _calling.set(calling)
+        del calling                 # the traceback of what is raised keeps this frame
         try:
             if self.retries:
                 _attempt_here.set(None)     # it is part of no attempt of whoever submitted it
@@ -4628,6 +4637,8 @@ def _carry_out(runner: _Runner, call: _Call) -> bool:
         _settle(call.future, *context.run(runner.outcome, call, call.method, call.args, call.kwargs))
     except BaseException as error:
         _fail_call(call, error)
+    finally:
+        del call, context           # an exception's traceback keeps this frame, and they lead to the exception
     return True
 
 
@@ -4933,8 +4944,20 @@ class _ThreadBackend(_Backend):
         self._start_thread()
 
     def _start_thread(self) -> None:
-        self.thread = self.make_thread(self._main, self.name)
+        self.thread = self.make_thread(self._live, self.name)
         self.thread.start()
+
+    def _live(self) -> None:
+        try:
+            self._main()
+        except BaseException as error:      # of ours: the worker is given up
+            logger.exception("an error of concurry's own, in the worker %s", self.name)
+            begun = [call for call in list(self.calls) if _is_begun(call.future.__dict__.get("_claim"))]
+            _in_any_case(
+                *(functools.partial(_settle, call.future, _ERROR, error) for call in begun),
+                functools.partial(_settle, self.started, _ERROR, error),
+                functools.partial(self.pool.lose, self, error),
+                functools.partial(_settle, self.ended, _RESULT, None))
 
     def finish(self) -> None:
         self.is_over = True
@@ -6394,7 +6417,7 @@ def _traceback(error: BaseException) -> str:
 
 def _surviving(error: BaseException) -> tuple[bytes, list[memoryview]]:
     """Return the pickled exception, or what it can be rebuilt from, or no data if neither would come out as it was."""
-    return _as_it_is(error, error) or _as_it_is(_Rebuilt(error), error) or (b"", [])
+    return _as_it_is(lambda error: error, error) or _as_it_is(_Rebuilt, error) or (b"", [])
 
 
 class _Rebuilt:
@@ -6403,11 +6426,15 @@ class _Rebuilt:
     def __init__(self, error: BaseException) -> None:
         self.lost: list[str] = []
         self.cls = type(error)
+        # As the class in C has it, from which the user's is derived: OSError's `args` are not all of it.
+        args, members = (*_builtin_base(self.cls).__reduce__(error), None)[1:3]
+        slots = [name for name in copyreg._slotnames(self.cls) if hasattr(error, name)]     # type: ignore[attr-defined]
         if isinstance(error, BaseExceptionGroup):
             self.args: Any = error.message, [_portable(each) for each in error.exceptions]
         else:
-            self.args = tuple(self.kept(f"args[{n}]", arg, _shown(arg)) for n, arg in enumerate(error.args))
-        state = {name: self.kept(name, value, _LEFT_OUT) for name, value in vars(error).items()}
+            self.args = tuple(self.kept(f"args[{n}]", arg, _shown(arg)) for n, arg in enumerate(args))
+        members = {**(members or {}), **{name: getattr(error, name) for name in slots}}
+        state = {name: self.kept(name, value, _LEFT_OUT) for name, value in members.items()}
         self.state = {name: value for name, value in state.items() if value is not _LEFT_OUT}
 
     def kept(self, name: str, value: Any, instead: Any) -> Any:
@@ -6425,29 +6452,37 @@ class _Rebuilt:
 
 def _rebuild_error(cls: Any, args: tuple[Any, ...], state: dict[str, Any], lost: list[str]) -> Any:
     error = cls.__new__(cls, *args)
-    next(base for base in cls.__mro__ if base.__module__ == "builtins").__init__(error, *args)      # of OSError, say
-    error.__dict__.update(state)
+    _builtin_base(cls).__init__(error, *args)
+    for name, value in state.items():
+        _set(error, name, value)
     if lost:
         error.add_note(f"these members could not travel from the worker: {', '.join(lost)}")
     return error
 
 
+def _builtin_base(cls: type) -> Any:
+    return next(base for base in cls.__mro__ if base.__module__ == "builtins")
+
+
 def _portable(error: BaseException) -> Any:
     """Return what an exception within another one travels as."""
-    return next((form for form in (error, _Rebuilt(error)) if _as_it_is(form, error)),
-                RemoteError(_name_of(error), _text(error)))
+    if isinstance(error, BaseExceptionGroup):
+        return _Rebuilt(error)
+    forms = (lambda error: error), _Rebuilt
+    return next((form(error) for form in forms if _as_it_is(form, error)), RemoteError(_name_of(error), _text(error)))
 
 
 def _copies(buffers: Iterable[memoryview]) -> list[bytes | bytearray]:
     return [bytes(each) if each.readonly else bytearray(each) for each in buffers]
 
 
-def _as_it_is(portable: Any, error: BaseException) -> Any:
-    """Return the pickled exception, in one form or the other; None if it would not come out as it was.
+def _as_it_is(form: Callable[[Any], Any], error: BaseException) -> Any:
+    """Return the exception pickled in this form; None if it would not come out as it was.
 
     Of one that has lost a member the text may differ.
     """
     try:
+        portable = form(error)
         data, buffers = _dumps(portable)
         plain = (str, int, float, bool, type(None))
         if (type(error).__module__ == "builtins" and not vars(error)
@@ -7275,6 +7310,7 @@ _QUICK = 500            # microseconds: workers whose calls take less get calls 
 _AHEAD = 16             # ... so many: they cannot be cancelled any more, but save waiting for each
 
 _SIGCONT = 19 if sys.platform == "darwin" else 18
+_MOST_ENDING = 4        # recycled processes of one worker that run their exit functions; then the oldest is killed
 _LONGEST_DELAY = 10.0   # seconds between two tries to start a process that the system has refused
 _DUMP_TIMEOUT = 1.0     # seconds: what has not begun to write them by then does not run
 _DUMP_PAUSE = 0.1       # seconds without more of it: that was all, for nothing tells its end
@@ -7977,6 +8013,7 @@ class _ProcessBackend(_Backend):
         self.pace: float | None = None          # microseconds a call takes, about
         self.delay = 0.0                        # seconds before the next try of a start that was refused ...
         self.retry: Any = None                  # ... and its timer
+        self.was_refused = False
         self.ending: dict[_Link, None] = {}     # links whose place another one has taken, and that have not ended yet
         self.is_over = False                    # only those are left
         self.is_finishing = False
@@ -8116,7 +8153,7 @@ class _ProcessBackend(_Backend):
             for message in link.inbox.receive():
                 self._take(link, *message)
         except BaseException as error:      # whatever loading raises
-            logger.error("%s sent what cannot be understood (%r): it is killed", self.name, error)
+            logger.error("%s sent what cannot be understood (%r): it is killed", self.name, error, exc_info=error)
             self.reader.forget(link.connection)
             link.process.kill()
             return
@@ -8152,7 +8189,10 @@ class _ProcessBackend(_Backend):
     def _take_answer(self, link: _Link, kind: int, took: int, data: bytearray, buffers: list[Any]) -> None:
         if not link.sent:
             raise ValueError("an answer to no call")
-        call, _ = link.sent.popleft()
+        _guard(self._take_outcome, link.sent.popleft()[0], link, kind, took, data, buffers)
+
+    def _take_outcome(self, call: _Call, link: _Link, kind: int, took: int, data: bytearray,
+                      buffers: list[Any]) -> None:
         if link.sent and link.sent[0][0].is_unwanted:
             self.reader.todo.append((self._end_call, (link.sent[0][0],)))
         link.has_begun = True
@@ -8211,7 +8251,8 @@ class _ProcessBackend(_Backend):
         finally:
             _here.recipe = None
         self.link = link
-        if self in self.pool.down:
+        if self.was_refused:
+            self.was_refused = False
             self.pool.have(functools.partial(self.pool._take_up, self))
         self.feed()
         if self.is_finishing:
@@ -8244,6 +8285,8 @@ class _ProcessBackend(_Backend):
                 self._hear_last(link)
             begun, unbegun = self._sort_out(link)
             again = [call for call in begun if self._may_run_again(call)]
+            for call in unbegun:            # it can be cancelled again
+                call.future.__dict__.pop("_claim", None)
             for call in again + unbegun:
                 self._have_begin_anew(call)
             self.queue.extendleft(reversed(again + unbegun))
@@ -8289,6 +8332,8 @@ class _ProcessBackend(_Backend):
     def _let_end(self, link: _Link) -> None:
         """See to it that a worker which has ended its work ends within bounds; its successor does not wait for that."""
         link.is_ending = True
+        if len(self.ending) >= _MOST_ENDING:
+            next(iter(self.ending)).process.kill()
         link.limit = self.reader.later(_END_TIMEOUT + 1, link.process.kill)     # it cannot see to that itself, it seems
         if link.retirement is not None and not (self.is_finishing or self.killed):
             self.dead = link
@@ -8388,7 +8433,7 @@ class _ProcessBackend(_Backend):
 
     def _launch_later(self, error: BaseException) -> None:
         """Try again when there may be descriptors, memory or processes again; others have its calls meanwhile."""
-        self.delay = min(_LONGEST_DELAY, 2 * self.delay or 0.1)
+        self.was_refused, self.delay = True, min(_LONGEST_DELAY, 2 * self.delay or 0.1)
         logger.warning("%s cannot be started now (%s): it is tried again in %g s", self.name, error, self.delay)
         self.retry = self.reader.later(self.delay, self._launch)
         self.pool.have(functools.partial(self.pool._put_down, self))
@@ -8475,6 +8520,8 @@ class _ProcessBackend(_Backend):
             self.reader.todo.append((_settle, (self.ended, _RESULT, None)))
 
     def state(self) -> str:
+        if self.link is None and self.retry is not None:
+            return "waiting until it can be started"
         return "ending" if self.link is not None and self.link.is_ending else "idle"
 
     def endings(self) -> list[str]:
@@ -10138,6 +10185,7 @@ _BACKENDS: dict[tuple[ExecutionMode, bool], type[_Backend]] = {
 _GRACE = 0.9            # seconds: between TERM and KILL, and what a stop may take beyond its timeout
 _pools: weakref.WeakSet[_Pool] = weakref.WeakSet()          # those with workers
 _is_exiting = False                 # the interpreter has begun to finish
+_EXITING = "cannot submit: the interpreter is exiting (cannot schedule new futures after interpreter shutdown)"
 
 
 def _must_not_block() -> bool:
@@ -10287,9 +10335,9 @@ class _Pool:
         self.once = itertools.count()   # who asks first gets 0: ending is done once
         self.stops = itertools.count()  # the same, of stop()
         self.stoppers: set[int] = set()         # the threads that are at it
-        # when what still runs is ended, the earliest of all stop(); and why, in words
-        self.deadline, self.why = math.inf, "was stopped"
-        self.moved: BaseFuture[None] = BaseFuture()     # done when the deadline has been moved
+        # when what still runs is ended, and why, in words: of each stop(), of which the earliest holds
+        self.deadlines: list[tuple[float, str]] = []
+        self.moved: BaseFuture[None] = BaseFuture()     # done when there is another one
         self.over: BaseFuture[None] = BaseFuture()      # `stop` has done all it could
         # why nobody takes the next call: what the last worker was given up for
         self.broken: BaseException | None = None
@@ -10347,8 +10395,7 @@ class _Pool:
         self.calls[call] = None
         try:
             if self.closed is not None or _is_exiting:      # looked at second: stop() looks at `calls` second
-                raise _own_error(RuntimeError(self.closed or "cannot submit: the interpreter is exiting "
-                                              "(cannot schedule new futures after interpreter shutdown)"))
+                raise _own_error(RuntimeError(self.closed or _EXITING))
             if _may_hold_futures(args, kwargs) and self.options.unwrap_futures:
                 nested = _Nested([args, kwargs])
                 if nested.futures:
@@ -10390,8 +10437,8 @@ class _Pool:
             if not self._prepare(call):
                 return
         pending = [future for future in futures if not future.done()]
-        if pending and (self.runs_inline or self.options.blocking):
-            self._refuse_to_wait_here()
+        if pending and self.runs_inline:
+            self.refuse_to_wait_here()
         then = functools.partial(self._resume, call, nested, futures)
         if pending and not self.runs_inline:
             call.watch = _Watch(pending, len(pending), _has_no_result, then)
@@ -10403,7 +10450,7 @@ class _Pool:
         if not call.future.done():
             then()
 
-    def _refuse_to_wait_here(self) -> None:
+    def refuse_to_wait_here(self) -> None:
         """Raise RuntimeError where a call that waits for the futures among its arguments would stall others."""
         asyncio = sys.modules.get("asyncio")
         if _here.callbacks or _here.is_ours or asyncio is not None and asyncio._get_running_loop() is not None:
@@ -10550,7 +10597,7 @@ class _Pool:
         return [backend for backend in self.backends if not backend.is_spent]
 
     def _grow(self, is_replacement: bool = False) -> _Backend:
-        taken = {backend.index for backend in self.backends}
+        taken = {backend.index for backend in [*self.backends, *self.down]}
         backend = self.kind(self, next(index for index in itertools.count() if index not in taken))
         backend.is_replacement = is_replacement
         backend.start()
@@ -10606,12 +10653,15 @@ class _Pool:
 
     def _dismiss(self, backend: _Backend, refused: list[tuple[_Call, BaseException]]) -> None:
         if not backend.calls and backend in self.backends:
-            self.leaving[backend] = None
-            _attend(backend.ended, "_wakers", lambda ended: self.leaving.pop(backend, None))
-            backend.finish()            # before it is forgotten: this may be done twice, and must not be left out
+            self._let_leave(backend)    # before it is forgotten: this may be done twice, and must not be left out
             self._remove(backend)
             if not (self.on_demand or any(other.is_spent for other in self.backends)):
                 self.rests, self.choose = False, self.balancer.choose
+
+    def _let_leave(self, backend: _Backend) -> None:
+        self.leaving[backend] = None
+        _attend(backend.ended, "_wakers", lambda ended: self.leaving.pop(backend, None))
+        backend.finish()
 
     def resize(self, size: int) -> None:
         """Add workers, or have some go, so that there are so many; wait until the new ones are built."""
@@ -10644,8 +10694,12 @@ class _Pool:
                 added.append(self._grow(is_replacement=True))
         except Exception as error:
             _settle(outcome, _ERROR, error)
-        # The idle ones first, and of those the last.
         usable = self._usable()
+        for backend in list(self.down)[:max(0, len(usable) + len(self.down) - size)]:
+            del self.down[backend]
+            self.tally.add(backend.tally)
+            self._let_leave(backend)
+        # The idle ones first, and of those the last.
         for backend in sorted(usable, key=lambda each: (len(each.calls), -each.index))[:max(0, len(usable) - size)]:
             backend.is_spent = self.rests = True
             if not self.on_demand:
@@ -10711,8 +10765,12 @@ class _Pool:
         if backend not in self.backends:
             return
         calls = [call for call in list(backend.calls) if call in self.calls]
-        self.down[backend] = None
-        self.backends = [other for other in self.backends if other is not backend]
+        if backend.is_spent:
+            self._let_leave(backend)
+            self._remove(backend)
+        else:
+            self.down[backend] = None
+            self.backends = [other for other in self.backends if other is not backend]
         for call in calls:
             call.backend = None
         backend.calls.clear()
@@ -10748,6 +10806,8 @@ class _Pool:
 
     def close(self, reason: str) -> None:
         """Take no more calls."""
+        if self.closed is None and _is_exiting:
+            self.closed = _EXITING
         if self.closed is None:
             # the words in brackets are those of the standard library, by which clients know it
             self.closed = f"cannot submit to {self.name}: {reason} (cannot schedule new futures after shutdown)"
@@ -10763,9 +10823,13 @@ class _Pool:
         if next(self.once) == 0:
             if self.keeper is not None:
                 self.keeper.end()
-            self.failures.end()
+            workers = self._everybody()
             for backend in [*self.backends, *self.down]:
                 backend.finish()
+            # When they have ended nothing of theirs holds a future any more.
+            _Watch([worker.ended for worker in workers], len(workers), then=self.failures.end)
+            if not workers:
+                self.failures.end()
 
     def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
         """Finish, and wait until nothing is left of the workers, unless this is one of them."""
@@ -10810,11 +10874,9 @@ class _Pool:
         all return when the end is there, but for those that would wait for themselves.
         """
         seconds: float = self.options.stop_timeout if timeout is None else timeout
-        deadline = time.monotonic() + seconds
-        if deadline < self.deadline:
-            self.deadline, self.why = deadline, f"was stopped after {seconds:g} s"
-            moved, self.moved = self.moved, BaseFuture()
-            _settle(moved, _RESULT, None)
+        self.deadlines.append((time.monotonic() + seconds, f"was stopped after {seconds:g} s"))
+        moved, self.moved = self.moved, BaseFuture()
+        _settle(moved, _RESULT, None)
         if next(self.stops):
             if join and self._can_wait():
                 _run(_settled_of({self.over}, ALL_COMPLETED), None)
@@ -10870,9 +10932,13 @@ class _Pool:
             self.stoppers.discard(threading.get_ident())
             _settle(self.over, _RESULT, None)
 
+    def why(self) -> str:
+        """Return why what still runs is ended."""
+        return min(self.deadlines)[1]
+
     def _kill_all(self) -> None:
         for backend in [*self.backends, *self.down]:
-            backend.kill(self.why)
+            backend.kill(self.why())
 
     def _end_running(self, is_first: bool) -> None:
         mine = {_calling.get()}.union(*(backend.calls_here() for backend in self.backends))
@@ -10881,22 +10947,24 @@ class _Pool:
             {call.future for call in running if call.backend is None or not call.backend.stalls_here()})
         for backend in [*self.backends, *self.down]:
             if any(call in backend.calls for call in running):
-                backend.kill(self.why)
+                backend.kill(self.why())
             elif is_first:
                 backend.finish()
         self._see_them_end()
-        for call in running:            # of a process that even KILL does not end at once
-            if call.backend is not None and call in self.calls:
-                _settle(call.future, _ERROR, call.backend.stopped(call, self.why, True if call.deaths else None))
+        for call in running:            # of a process that even KILL does not end at once, or that could not be started
+            if call in self.calls and call.backend is not None:
+                _settle(call.future, _ERROR, call.backend.stopped(call, self.why(), True if call.deaths else None))
+            elif call in self.calls:
+                _settle_unbegun(call.future, _ERROR, call.reason(RuntimeError(self.closed)))
 
     def _wait_until_deadline(self, futures: Iterable[BaseFuture[Any]], least: float = 0.0) -> set[BaseFuture[Any]]:
         """Wait for the futures until the deadline, which may be moved, but `least` seconds; return those not done."""
         while True:
+            moved = self.moved          # before the deadline is looked at
             pending = {future for future in futures if not future.done()}
-            left = max(self.deadline - time.monotonic(), least)
+            left, least = max(min(self.deadlines)[0] - time.monotonic(), least), 0.0
             if not pending or left <= 0:
                 return pending
-            moved, least = self.moved, 0.0
             watch = _Watch([*pending, moved], len(pending), lambda future, moved=moved: future is moved)   # type: ignore[misc]
             try:
                 watch.sleep(left)
@@ -10908,7 +10976,7 @@ class _Pool:
         ended = {backend.ended: backend for backend in self._everybody() if not backend.is_here()}
         late = self._wait_until_deadline(ended, 0.05)
         for future in late:
-            ended[future].kill(self.why)
+            ended[future].kill(self.why())
         late = {future for future in late if ended[future].can_be_killed}
         _run(_settled_of(late, ALL_COMPLETED), _GRACE + 0.05)
         self._let_go()
@@ -10921,6 +10989,7 @@ class _Pool:
         if self.keeper is not None:
             self.keeper.end()
         self.setup = None               # and the descriptors that it holds
+        self.recipe.let_go()
         self.kind.tear_down(self)
         self.failures.end()
 
@@ -10971,7 +11040,7 @@ class _Pool:
 
     def dump(self, file: TextIO) -> None:
         """Print where each worker is."""
-        for backend in [*self.backends, *self.leaving]:
+        for backend in self._everybody():
             calls = [call for call in list(backend.calls) if call.future.running()]
             doing = ", ".join(call.shown() + _how_long(backend.beginning_of(call)) for call in calls)
             print(f"{backend.where()}: {doing or backend.state()}", *backend.endings(), sep="\n", file=file)
@@ -11030,6 +11099,10 @@ def _abandon_all() -> None:
         limits._home = _Away(limits._token)
     pools, _pools = list(_pools), weakref.WeakSet()
     _reader_lock, _naming = threading.RLock(), threading.RLock()    # another thread may have held them
+    for reader in list(_readers.values()):
+        if reader.tracker is not None:      # what nobody would ever read is not told there
+            os.close(reader.tracker)
+            sys.modules["multiprocessing.resource_tracker"]._resource_tracker._fd = None
     _readers.clear()
     # The only thread there is now may have been the reader, or a worker's.
     _here.__dict__.update(is_ours=False, reader=None, callbacks=0, failing=None)
@@ -11095,7 +11168,16 @@ class _Handle:
 
     def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         future = self._pool.submit(method, args, kwargs)
-        return future.result() if self._pool.options.blocking else future
+        if not self._pool.options.blocking:
+            return future
+        call = future.__dict__.get("_call")
+        if call is not None and call.watch is not None:         # it waits for futures among its arguments
+            try:
+                self._pool.refuse_to_wait_here()
+            except RuntimeError:
+                _withdraw(future)
+                raise
+        return future.result()
 
     def stop(self, timeout: float | None = None, join: bool = True) -> None:
         """Drop: take no more calls, cancel what has not begun, end what does not end by itself.
@@ -11386,7 +11468,7 @@ def _takes_one(fn: Callable[..., Any], has_limits: bool) -> bool:
     import inspect
     place = _parameter_place(fn, "limits", has_limits)
     try:
-        inspect.signature(fn).bind(None, **({"limits": None} if place else {}))
+        inspect.signature(fn).bind(None, **({"limits": None} if place is not None and place > 0 else {}))
     except TypeError:
         return False
     except ValueError:          # it has no signature
@@ -11917,7 +11999,8 @@ class TaskWorker(Worker):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._apply(self._fn, args, kwargs)
 
-    def _apply(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _apply(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+               within: Callable[..., Any] | None = None) -> Any:
         """Call a function: one with a parameter `limits` gets them, any other is called within them."""
         limits = _limits_of.get(id(self), _WITHOUT)[0]
         if "limits" in kwargs:
@@ -11925,7 +12008,7 @@ class TaskWorker(Worker):
         place = self._limits_place(fn)
         if place is not None:
             return fn(*args, **kwargs, **({"limits": limits} if len(args) <= place else {}))
-        return fn(*args, **kwargs) if limits is _UNLIMITED else _within(limits, fn, args, kwargs)
+        return fn(*args, **kwargs) if limits is _UNLIMITED else (within or _within)(limits, fn, args, kwargs)
 
     def _limits_place(self, fn: Any) -> int | None:
         """Return what _parameter_place does for `limits`; what takes long is kept while the function is the same."""
@@ -11953,10 +12036,10 @@ class TaskWorker(Worker):
         errors: dict[int, Any]
         values, errors, runner = [], {}, _runner_of(self)
         if is_async:
-            return self._chunk_async(fn, call, items, values, errors, [])
+            return self._chunk_async(fn, items, values, errors, [])
         first = [_attempt(call, items[0], {})]      # made already, for it may be a coroutine all the same
         if isinstance(first[0][1], types.CoroutineType):
-            return self._chunk_async(fn, call, items, values, errors, [first[0][1]])
+            return self._chunk_async(fn, items, values, errors, [first[0][1]])
         for item in items:
             if not first and runner is None:        # a fast way for the most
                 try:
@@ -11974,13 +12057,13 @@ class TaskWorker(Worker):
             values.append(None if kind is _ERROR else value)
         return _Outcomes(values, errors)
 
-    async def _chunk_async(self, fn: Any, call: Callable[..., Any], items: list[Any], values: list[Any],
-                           errors: dict[int, Any], first: list[Any]) -> _Outcomes:
+    async def _chunk_async(self, fn: Any, items: list[Any], values: list[Any], errors: dict[int, Any],
+                           first: list[Any]) -> _Outcomes:
         runner = _runner_of(self)
         for item in items:
             async def run(item: Any = item) -> tuple[str, Any]:
                 try:
-                    coroutine = first.pop() if first else call(*item)
+                    coroutine = first.pop() if first else self._apply(fn, item, {}, _within_async)
                 except BaseException as error:
                     return _ERROR, _without_our_frame(error)
                 return await _captured(coroutine)
@@ -12013,7 +12096,8 @@ def _within(limits: LimitSet | LimitPool, fn: Callable[..., Any], args: tuple[An
 async def _within_async(limits: LimitSet | LimitPool, fn: Callable[..., Any], args: tuple[Any, ...],
                         kwargs: dict[str, Any]) -> Any:
     async with limits.async_acquire():
-        return await fn(*args, **kwargs)
+        result = fn(*args, **kwargs)
+        return await result if isinstance(result, types.CoroutineType) else result
 
 
 async def _released_after(acquired: _Acquisition | _Free, coroutine: Awaitable[Any]) -> Any:
@@ -12024,18 +12108,23 @@ async def _released_after(acquired: _Acquisition | _Free, coroutine: Awaitable[A
 
 
 def _parameter_place(fn: Any, name: str, optional: bool) -> int | None:
-    """Return how many positional arguments come before a parameter, required or `optional`; None if there is none."""
+    """Return how many positional arguments come before a parameter, required or `optional`; None if there is none.
+
+    -1 if a partial gives it already.
+    """
     code = _code_of(getattr(fn, "__init__", None) if isinstance(fn, type) else fn)
     if code is None or name not in code.co_varnames and not hasattr(fn, "__wrapped__"):
         return None
     if isinstance(fn, functools.partial) and name in fn.keywords:
-        return None
+        return -1
     import inspect
     try:
         parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):
         return None
     parameter = parameters.get(name)
+    if parameter is None and isinstance(fn, functools.partial):
+        return None if _parameter_place(fn.func, name, True) is None else -1
     if parameter is None or parameter.default is not parameter.empty and not optional:
         return None
     if parameter.kind is parameter.KEYWORD_ONLY:
@@ -12752,11 +12841,14 @@ def _parsed(argv: Sequence[str]) -> tuple[Any, Any]:
     if argv[:1] != ["map"]:
         return parser.parse_args(argv), mapping
     # For argparse what begins with a minus is an option, and with -0 among those so were each negative number.
-    words = ["--null" if word == "-0" else word for word in argv[1:]]
-    if "-e" in words[:-1]:
-        n = words.index("-e")
-        words[n:n + 2] = ["-e" + words[n + 1]] if words[n + 1].startswith("-") else words[n:n + 2]
-    return mapping.parse_intermixed_args(words), mapping
+    given, words = list(argv[1:]), []
+    while given and (word := given.pop(0)) != "--":
+        if word == "-e" and given and given[0].startswith("-"):
+            word += given.pop(0)
+        words.append("--null" if word == "-0" else word)
+    chosen = mapping.parse_intermixed_args(words)
+    chosen.names += given                   # behind --
+    return chosen, mapping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
