@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import atexit
 import builtins
 import collections
 import concurrent.futures
@@ -9302,6 +9303,19 @@ class LaunchTests(CleanTestCase):
             self.assertEqual(first.add(1).result(SAFETY), 1)
 
 
+@contextlib.contextmanager
+def starts_refused(times):
+    """Have the system refuse so many processes."""
+    launch, before = concurry._launch, itertools.count()
+
+    def refuse(*args):
+        if next(before) < times:
+            raise OSError(24, "Too many open files")
+        return launch(*args)
+    with unittest.mock.patch.object(concurry, "_launch", refuse):
+        yield
+
+
 class ArgumentTests(CleanTestCase):
     """What becomes of arguments on their way: rows 6 to 8, and 3.12."""
 
@@ -10836,6 +10850,423 @@ forked_by_the_user = a_program('''
 ''')
 
 
+# === Faults: errors of our own ===
+
+class Reaching(Patient):
+    """A worker whose calls have its parent do all that it ever does for one."""
+
+    def use(self, began=None):
+        if began:
+            began.set()
+        with self.limits.acquire():
+            return "used"
+
+    def end_when(self, flag):
+        """Have the end of this process wait for a flag."""
+        atexit.register(flag.wait)
+
+    def linger(self):
+        """Leave an object behind whose end takes for ever."""
+        self.lingering = Lingering()
+
+
+class PutIn:
+    """An error in our own code: the first call of a function raises it, once it is armed and the call is meant."""
+
+    def __init__(self, owner, name, is_meant=lambda caller, *args: True):
+        self.owner, self.name, self.is_meant = owner, name, is_meant
+        self.error, self.is_armed, self.has_raised = RuntimeError("put in here"), False, False
+
+    def __enter__(self):
+        real = self.real = vars(self.owner)[self.name]
+
+        @functools.wraps(real)
+        def function(*args):
+            if self.is_armed and self.is_meant(sys._getframe(1), *args):
+                self.is_armed, self.has_raised = False, True
+                raise self.error
+            return real(*args)
+        setattr(self.owner, self.name, function)
+        return self
+
+    def __exit__(self, *error):
+        setattr(self.owner, self.name, self.real)
+
+    def arm(self):
+        self.is_armed = True
+
+    def wait(self):
+        until(lambda: self.has_raised)
+
+
+def handed_to_the_reader():
+    """Return "where: what" for each place in the module that gives the thread which hears all processes something to do."""
+    def handed(node):
+        """Return what is handed over by this call, and the arguments that it will have, as expressions."""
+        way, args = node.func, node.args
+        if ast.unparse(way) == "functools.partial":
+            way, args = args[0], args[1:]
+        if ast.unparse(way).endswith("todo.append"):
+            given = args[0]
+            args = [given.elts[0], *given.elts[1].elts] if isinstance(given, ast.Tuple) and isinstance(given.elts[1], ast.Tuple) \
+                else given.elts if isinstance(given, ast.Tuple) else []
+        else:
+            args = args[{"post": 0, "later": 1, "watch": 2, "modify": 2}.get(getattr(way, "attr", None), len(args)):]
+        while args and isinstance(args[0], ast.Call) and ast.unparse(args[0].func) == "functools.partial":
+            args = [*args[0].args, *args[1:]]
+        return args
+
+    def look(node, where):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            where = (*where, node.name)
+        args = [ast.unparse(arg) for arg in handed(node)] if isinstance(node, ast.Call) else []
+        if args:
+            what = args[3] if args[0] == "reader.watch" else " of ".join(args[:2]) if args[0] == "_settle" else args[0]
+            found.add(f"{'.'.join(where[:2])}: {what.removeprefix('self.')}")
+        for child in ast.iter_child_nodes(node):
+            look(child, where)
+    found = set()
+    look(ast.parse(open_and_read(concurry.__file__)), ())
+    return found
+
+
+# What is not tried, and why. All of Ray's needs a cluster; if the reader itself fails, that is row 31.
+NOT_TRIED = {
+    "_RingingLock.release: int": "does nothing, but wakes the reader",
+    "_Reader.__init__: _answer_bell": "the reader's own",
+    "_Reader.post: function": "what others hand over",
+    "_Reader._listen: timer[2]": "what others hand over",
+    "_TimeKeeper.forget: reader.cancel": "the reader's own",
+    "_TimeKeeper.end: reader.backends.discard": "of a set",
+    "_ProcessBackend._terminate: link.process.kill": "the process is left behind",
+    "_tracker: _start_tracker": "once in a program: test_the_resource_tracker",
+    "_Upstream.listen: _hear": "in a worker: test_a_worker_that_hears_a_verdict",
+    "_of_ref: take": "Ray's",
+    "_hear_of_ray: each.lose_ray": "Ray's",
+}
+REACHED_BY = {}             # place: a scenario
+
+
+def reaches(*places):
+    def keep(scenario):
+        assert not set(places) & set(REACHED_BY), places
+        REACHED_BY.update(dict.fromkeys(places, scenario))
+        return scenario
+    return keep
+
+
+# Each scenario arms the error, does something that gets there, and returns the futures of the pool that is harmed.
+
+@reaches("_ProcessBackend.start: _launch", "_ProcessBackend._take: _settle of self.started")
+def a_worker_is_started(case, error):
+    error.arm()
+    return [in_thread(case.made)]
+
+
+@reaches("_ProcessBackend._launch: _hear", "_ProcessBackend._hear: _hear", "_ProcessBackend._take_answer: _settle_answer")
+def calls_are_answered(case, error):
+    pool = case.made()
+    error.arm()
+    return [pool.add() for _ in range(5)]
+
+
+@reaches("_ProcessBackend._feed: _watch_for_room", "_ProcessBackend._watch_for_room: _hear")
+def a_large_argument(case, error):
+    pool = case.made()
+    process = pool._pool.backends[0].link.process
+    process.halt()                  # it might read as fast as we write
+    error.arm()
+    futures = [pool.give(bytes(1 << 22)), pool.add()]
+    process.kill(signal.SIGCONT)
+    return futures
+
+
+@reaches("_ProcessBackend._launch: _died", "_ProcessBackend._bury: _succeed", "_ProcessBackend._fail: _settle of call.future")
+def a_worker_dies(case, error):
+    pool = case.made()
+    error.arm()
+    return [pool.exit(3), pool.add(), pool.add()]
+
+
+@reaches("_ProcessBackend.feed: _bury")
+def a_worker_dies_while_somebody_sends(case, error):
+    pool = case.made()
+    backend, = pool._pool.backends
+    backend.turn["is"] = "somebody else's"
+    backend.link.process.kill()
+    until(lambda: backend.dead is not None)
+    del backend.turn["is"]
+    error.arm()
+    return [pool.add()]
+
+
+@reaches("_ProcessBackend._launch_later: _launch")
+def a_start_is_refused(case, error):
+    pool = case.made()
+    with starts_refused(1):
+        error.arm()
+        futures = [pool.exit(3), pool.add()]
+        error.wait()
+    return futures
+
+
+@reaches("_ProcessBackend._let_end: _bury")
+def a_worker_is_retired(case, error):
+    pool = case.made(max_tasks_per_worker=1)
+    error.arm()
+    return [pool.add() for _ in range(3)]
+
+
+@reaches("_ProcessBackend._take: _end_late")
+def a_worker_is_retired_and_does_not_end(case, error):
+    with temp_config(global_stop_timeout=0.01):
+        pool = case.made(max_tasks_per_worker=1)
+    error.arm()
+    return [pool.linger(), pool.add()]
+
+
+@reaches("_ProcessBackend._bury: _ended_late")
+def a_worker_ends_after_its_successor_has_begun(case, error):
+    pool, flag = case.made(max_tasks_per_worker=2), case.flag()
+    futures = [pool.end_when(flag), *(pool.add() for _ in range(2))]
+    concurry.wait(futures, SAFETY)
+    error.arm()
+    flag.set()
+    error.wait()
+    return [*futures, pool.add()]
+
+
+@reaches("_ProcessBackend._let_end: link.process.kill")
+def a_worker_takes_too_long_for_its_end(case, error):
+    flag = case.flag()
+    with unittest.mock.patch.object(concurry, "_END_TIMEOUT", -1):
+        pool = case.made(max_tasks_per_worker=1)
+        error.arm()
+        futures = [pool.end_when(flag)]
+        error.wait()
+    flag.set()
+    return [*futures, pool.add()]
+
+
+@reaches("_ProcessBackend.interruption: _end_call")
+def a_call_is_killed(case, error):
+    pool, began = case.made(), case.flag()
+    futures = [pool.wait_for(case.flag(), began), pool.add()]
+    began.wait()
+    error.arm()
+    futures[0].cancel(kill=True)
+    return futures
+
+
+@reaches("_ProcessBackend._take_answer: _end_call")
+def a_call_is_killed_before_its_turn(case, error):
+    pool, began, go = case.made(), case.flag(), case.flag()
+    gather([pool.add() for _ in range(20)], timeout=SAFETY)         # it is quick: it gets calls ahead
+    futures = [pool.wait_for(go, began), pool.add()]
+    began.wait()
+    futures[1].cancel(kill=True)
+    case.reader_has_done_all()
+    error.arm()
+    go.set()
+    return [*futures, pool.add()]
+
+
+@reaches("_ProcessBackend.hurry: _hurry", "_ProcessBackend.kill: _terminate")
+def stopped_while_a_call_runs(case, error):
+    pool, began = case.made(), case.flag()
+    futures = [pool.wait_for(case.flag(), began), pool.add()]
+    began.wait()
+    error.arm()
+    return [*futures, in_thread(pool.stop, 0)]
+
+
+@reaches("_ProcessBackend.finish: _hang_up", "_ProcessBackend._end: _settle of self.ended")
+def stopped(case, error):
+    pool = case.made()
+    future = pool.add()
+    error.arm()
+    return [future, in_thread(pool.shutdown)]
+
+
+@reaches("_OnDemand.rest: _rest", "_OnDemand._rest: _leave")
+def a_worker_on_demand(case, error):
+    pool = case.made(TaskWorker, on_demand=True, on_demand_linger=0)
+    error.arm()
+    futures = [pool.submit(square, 2)]
+    error.wait()
+    return [*futures, pool.submit(square, 3)]
+
+
+@reaches("_TimeKeeper.watch: _set", "_TimeKeeper._set: _ring")
+def a_call_takes_too_long(case, error):
+    pool, go = case.made(call_timeout={"wait_for": 0.01}), case.flag()
+    error.arm()
+    futures = [pool.wait_for(go), pool.add()]
+    error.wait()
+    go.set()
+    return futures
+
+
+@reaches("_Guest.wake: _look")
+def a_limit_becomes_free(case, error):
+    limits = LimitSet([ResourceLimit("slots", 1)])
+    pool = case.made(limits=limits)
+    with limits.acquire():
+        futures = [pool.use(), pool.use()]
+        until(lambda: pool._pool.backends[0].link.guests)
+        case.reader_has_done_all()
+        error.arm()
+    return futures
+
+
+@reaches("_Guest._look: _ring_alarm")
+def a_rate_allows_the_next(case, error):
+    pool = case.made(limits=[CallLimit(1, 0.01)])
+    error.arm()
+    return [pool.use() for _ in range(3)]
+
+
+@reaches("_Lane._flush: _flush")
+def a_worker_that_takes_no_more_verdicts(case, error):
+    pool = case.made(limits=[ResourceLimit("slots", 1)])
+    future = pool.use()
+    future.result(SAFETY)           # it listens
+    backend, = pool._pool.backends
+    error.arm()
+    backend.reader.post(backend.link.lane.send, 10 ** 9, False, "x" * (1 << 22))
+    error.wait()
+    return [future, pool.add()]
+
+
+def settling_a_call_raises(case):
+    """That call fails with the cause, which is logged, and its place is free."""
+    records = case.records()
+    handle = case.make(Patient, max_queued_tasks=1)
+    with PutIn(concurry, "_settle", is_of_a_call) as error:
+        error.arm()
+        case.assertIs(handle.add().exception(SAFETY), error.error)
+    case.assertIn("Traceback", records.get(timeout=SAFETY).getMessage())
+    case.check_pool(handle, restarts=0)
+
+
+def is_of_a_call(caller, future, *args):
+    return "_call" in vars(future)
+
+
+class OwnErrorTests(ProgramCase):
+    """FAULTS 38: an error of our own fails the call or the worker it was made for, and is logged; nobody else notices."""
+
+    def made(self, cls=Reaching, **options):
+        return self.start(cls, mode="process", **{"max_workers": 1, "max_queued_tasks": None, "name": "harmed", **options})
+
+    def reader_has_done_all(self):
+        done = threading.Event()
+        concurry._readers[os.getpid()].post(done.set)
+        self.assertTrue(done.wait(SAFETY))
+
+    def put_into(self, place, other):
+        """Return the error to be put into what is handed over at a place; it does not hit the other pool."""
+        where, what = place.split(": ")
+        name = what.partition(" of ")[0].rpartition(".")[2]
+        owner = vars(concurry)["_Process" if what == "link.process.kill" else where.partition(".")[0]]
+        owner = owner if name in vars(owner) else concurry
+
+        def is_meant(caller, first, *args):
+            by_reader = type(caller.f_locals.get("self")) is concurry._Reader
+            return by_reader and getattr(first, "pool", None) is not other._pool
+        return PutIn(owner, name, is_meant)
+
+    def test_each_place_has_its_scenario(self):
+        places = {place for place in handed_to_the_reader() if not place.startswith(("_RayBackend.", "_RayWay."))}
+        self.assertEqual(places, {*REACHED_BY, *NOT_TRIED})
+        self.assertFalse(set(REACHED_BY) & set(NOT_TRIED))
+
+    def test_what_the_reader_does_for_one_pool(self):
+        with TaskWorker.options(mode="process", max_workers=2, max_queued_tasks=None).init() as other:
+            for place, scenario in REACHED_BY.items():
+                with self.subTest(place):
+                    faulthandler.dump_traceback_later(2 * SAFETY, exit=True, file=sys.__stderr__)
+                    before, reader = Belongings(), concurry._readers[os.getpid()]
+                    try:
+                        with self.put_into(place, other) as error:
+                            self.check(scenario, error, other)
+                    finally:
+                        self.doCleanups()
+                    self.assertIs(concurry._readers[os.getpid()], reader)
+                    self.assertTrue(reader.thread.is_alive())
+                    self.see_nothing_left(before)
+
+    def check(self, scenario, error, other):
+        started, go = self.flag(), self.flag()
+        held = other.submit(hold, started, go)
+        started.wait()
+        with self.log_of(level="ERROR") as logs:
+            futures = in_thread(scenario, self, error).result(SAFETY)
+            others = [other.submit(square, n) for n in range(9)]
+            self.assertEqual(concurry.wait(futures, SAFETY).not_done, set())
+            error.wait()
+            until(lambda: any(record.exc_info and record.exc_info[1] is error.error for record in logs.records))
+        go.set()
+        self.assertEqual(gather([held, *others], timeout=SAFETY), ["held", *(n * n for n in range(9))])
+        with self.made(TaskWorker, name="new") as new:
+            self.assertEqual(new.submit(abs, -3).result(SAFETY), 3)
+
+    def see_nothing_left(self, before):
+        def left():
+            return [*(set(threading.enumerate()) - before.threads), *(set(descendants()) - before.processes),
+                    *(set(descriptors().items()) - set(before.descriptors.items()))]
+        with contextlib.suppress(AssertionError):
+            until(lambda: not left())
+        self.assertEqual(left(), [])
+
+    def test_the_resource_tracker(self):
+        self.check_program("""
+            import concurry, multiprocessing
+            real, errors = concurry._start_tracker, [RuntimeError("put in here")]
+            def start_tracker(*args):
+                if errors: raise errors.pop()
+                real(*args)
+            concurry._start_tracker = start_tracker
+            def use_it():
+                multiprocessing.get_context("spawn").Lock()
+                return "worked"
+            with concurry.Executor("process", 1) as pool, concurry.Executor("process", 1) as other:
+                print(pool.submit(use_it).result(), other.submit(use_it).result(), errors)
+        """, "worked worked []\n", errors="Traceback(?s:.*)put in here")
+
+    def test_a_call_of_an_asyncio_worker(self):
+        calls = {"_begin_call": (square_async, 3), "_serve": (square, 3), "_start": (returns_coroutine, 3), "_start_wait": (boom, 3)}
+        for name, call in calls.items():
+            with self.subTest(name), PutIn(concurry._AsyncioBackend, name) as error, self.log_of(level="ERROR") as logs:
+                waiting = []
+
+                async def wait():
+                    waiting.append(asyncio.get_running_loop().create_future())
+                    return await waiting[0]
+
+                async def go_on():
+                    waiting[0].set_result("went on")
+                pool = self.start(TaskWorker, mode="asyncio", num_retries=1, retry_wait=1e-6)
+                held = pool.submit(wait)
+                until(lambda: waiting)
+                error.arm()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)         # of the coroutine that is not awaited then
+                    self.assertIs(pool.submit(*call).exception(SAFETY), error.error)
+                self.assertIs(logs.records[0].exc_info[1], error.error)
+                pool.submit(go_on).result(SAFETY)
+                self.assertEqual((held.result(SAFETY), pool.submit(square, 2).result(SAFETY)), ("went on", 4))
+                self.assertEqual((pool._pool.calls, pool._pool.backends[0].calls), ({}, {}))
+
+    def test_a_call_of_a_thread_on_demand(self):
+        pool = self.start(TaskWorker, mode="thread", max_workers=1, on_demand=True)
+        with PutIn(concurry, "_settle", is_of_a_call) as error, self.log_of(level="ERROR"):
+            error.arm()
+            self.assertIs(pool.submit(square, 2).exception(SAFETY), error.error)
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+        self.assertEqual(pool._pool.backends[0].calls, {})
+
+
 # === Faults: the table ===
 
 class Fault(typing.NamedTuple):
@@ -10957,6 +11388,7 @@ FAULTS = [
     Fault(36, "callbacks and full pools", BESIDE, submitted_by_callbacks_to_full_pools),
     Fault(36, "its own full pool", ("thread", "asyncio"), submitted_by_a_call_to_its_own_full_pool),
     Fault(37, "fork", MODES, forked_by_the_user),
+    Fault(38, "settling a call raises", MODES, settling_a_call_raises),
 ]
 
 RAY = ("ray",)
@@ -11040,7 +11472,7 @@ class FaultMixin:
 
 class FaultTests(FaultMixin, ProgramCase):
     def test_each_row_has_its_faults(self):
-        self.assertEqual({fault.row for fault in FAULTS}, set(range(1, 38)))
+        self.assertEqual({fault.row for fault in FAULTS}, set(range(1, 39)))
 
 
 class RayFaultTests(FaultMixin, RayTestCase):
