@@ -4464,6 +4464,18 @@ class StopFromWithinTests(CleanTestCase):
                         self.assertTrue(future.cancelled() or future.result(0) is None)
                         self.assertRaises(RuntimeError, pool.submit, square, 1)
 
+    def test_stop_from_a_call_while_another_thread_stops(self):
+        """It returns at once; the other one waits for the call, and a third one for the end."""
+        pool, started, go = self.start(TaskWorker, mode="thread"), self.flag(), self.flag()
+        future = pool.submit(lambda: (hold(started, go), pool.stop(600), "went on")[-1])
+        started.wait()
+        first = in_thread_until_it_waits(pool.stop, 600)
+        third = in_thread_until_it_waits(lambda: (pool.stop(600), future.done())[1])
+        self.assertFalse(first.done() or third.done())
+        go.set()
+        self.assertEqual(future.result(SAFETY), "went on")
+        self.assertEqual(gather([first, third], timeout=SAFETY), [None, True])
+
     def test_coroutines_are_cancelled_at_the_timeout(self):
         for _ in range(10):
             worker = self.start(Looped, mode="asyncio")
@@ -4520,6 +4532,84 @@ class StopFromWithinTests(CleanTestCase):
                 pool.stop()
                 logging.disable(logging.NOTSET)
                 self.assertEqual([f for f in submitting.result(SAFETY) if not f.done()], [])
+
+
+def in_thread_until_it_waits(fn, *args):
+    """Do as `in_thread`, and return when the thread sleeps until something of ours has happened, or has ended."""
+    idents = queue.SimpleQueue()
+    future = in_thread(lambda: (idents.put(threading.get_ident()), fn(*args))[1])
+    ident = idents.get(timeout=SAFETY)
+
+    def waits():
+        frame = sys._current_frames().get(ident)
+        return frame is not None and frame.f_code is concurry._sleep_on.__code__
+    until(lambda: future.done() or waits())
+    return future
+
+
+class SeveralStopsTests:
+    """A `stop` while another one, `with` or `shutdown` waits for a call that runs (SPEC 3.5, 14.1; FAULTS 17)."""
+
+    def setUp(self):
+        self.addCleanup(CallTimeoutTests.see_threads_end, self, threading.enumerate())
+        self.pool = self.make(Counter, max_queued_tasks=None)
+        self.started, self.go = self.flag(), self.flag()
+        self.addCleanup(self.go.set)
+        self.held = self.pool.hold(self.started, self.go)
+        self.started.wait()
+        quiet = warnings.catch_warnings()
+        quiet.__enter__()
+        self.addCleanup(quiet.__exit__, None, None, None)
+        warnings.simplefilter("ignore", ResourceWarning)
+
+    def check_stopped_at_once(self):
+        self.assertIsInstance(self.held.exception(0), WorkerDiedError)
+        self.assertIn("stopped after 0 s", str(self.held.exception()))
+        if self.mode == "thread":           # nobody has waited for that one
+            self.assertFalse(self.pool._pool.backends[0].ended.done())
+
+    def test_the_second_returns_when_the_first_has_ended(self):
+        """Or at once, if it would wait for itself."""
+        waiting, returned, pending = [self.pool.add() for _ in range(3)], queue.SimpleQueue(), []
+        waiting[1].add_done_callback(lambda _: returned.put(self.pool.stop()))
+
+        def stop():
+            self.pool.stop(600)
+            pending.extend(future for future in (self.held, *waiting) if not future.done())
+        with self.log_of():
+            first = in_thread_until_it_waits(stop)
+        self.assertIsNone(returned.get(timeout=SAFETY))
+        self.assertTrue(all(future.cancelled() for future in waiting))
+        others = [in_thread_until_it_waits(stop) for _ in range(2)]
+        self.assertFalse(any(future.done() for future in (self.held, first, *others)))
+        self.go.set()
+        gather([first, *others], timeout=SAFETY)
+        self.assertEqual((pending, self.held.result(0)), ([], "held"))
+
+    def test_the_earlier_deadline_holds(self):
+        first = in_thread_until_it_waits(self.pool.stop, 600)
+        third = in_thread_until_it_waits(self.pool.stop, 1200)
+        second = in_thread(self.pool.stop, 0)
+        gather([first, second, third], timeout=SAFETY)
+        self.check_stopped_at_once()
+
+    def test_with_waits(self):
+        def leave():
+            with self.pool:
+                pass
+
+        async def leave_async():
+            async with self.pool:
+                pass
+        waiting = [in_thread_until_it_waits(leave), in_thread_until_it_waits(self.pool.shutdown),
+                   in_thread_until_it_waits(self.pool.join), in_thread(asyncio.run, leave_async())]
+        self.assertFalse(any(future.done() for future in waiting))
+        in_thread(self.pool.stop, 0).result(SAFETY)
+        gather(waiting, timeout=SAFETY)
+        self.check_stopped_at_once()
+
+
+over_modes(globals(), [SeveralStopsTests], ["thread", "process"])
 
 
 class StormTests:
@@ -5413,6 +5503,15 @@ class TaskTests(CleanTestCase):
         self.assertEqual(gather(runs), list(range(4)))
         self.assertEqual(where.get_pool_stats()["total_workers"], 2)
         where.stop()
+
+    def test_resized_before_the_first_call(self):
+        other = self.start(TaskWorker, mode="process", max_workers=1)
+        processed_at_once = task(mode="process", on_demand=False, max_workers=1)(square)
+        with processed_at_once:
+            processed_at_once.resize(2)
+            self.assertEqual(gather([processed_at_once(n) for n in range(4)], timeout=SAFETY), [0, 1, 4, 9])
+            self.assertEqual(processed_at_once.get_pool_stats()["total_workers"], 2)
+        self.assertEqual(other.submit(square, 3).result(SAFETY), 9)
 
     def test_a_task_of_a_method(self):
         with self.assertRaisesRegex(TypeError, "@task is for functions, and .*Owner.double is a method: make .*Owner a worker"):
@@ -9316,6 +9415,201 @@ def starts_refused(times):
         yield
 
 
+@contextlib.contextmanager
+def tries_held():
+    """Yield a queue of (seconds, go) for each start that is to be tried again after these seconds: it is when `go` is called."""
+    later, tries = concurry._Reader.later, queue.SimpleQueue()
+
+    def hold_back(reader, seconds, function):
+        if getattr(function, "__name__", None) != "_launch":
+            return later(reader, seconds, function)
+        timer = later(reader, 3600, function)
+        tries.put((seconds, lambda: reader.post(lambda: ring(reader, timer))))
+        return timer
+
+    def ring(reader, timer):
+        function = timer[2]
+        reader.cancel(timer)
+        function()
+    with unittest.mock.patch.object(concurry._Reader, "later", hold_back):
+        yield tries
+
+
+class RefusedStartTests(CleanTestCase):
+    """A replacement that the system refuses is tried again, until the pool has its size (SPEC 14.5, FAULTS 30)."""
+
+    def kill(self, pid):
+        os.kill(pid, 9)
+        self.assertTrue(until_gone(pid))
+
+    def test_others_serve_meanwhile(self):
+        pool = self.start(Patient, mode="process", max_workers=3)
+        with tries_held() as tries, self.log_of() as logs:
+            for delays in [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10], [0.1]:      # it begins anew
+                killed, *others = [pool.pid().result(SAFETY) for _ in range(3)]
+                with starts_refused(len(delays)):
+                    self.kill(killed)
+                    for delay in delays:
+                        seconds, go = tries.get(timeout=SAFETY)
+                        self.assertAlmostEqual(seconds, delay)
+                        until(lambda: pool.get_pool_stats()["total_workers"] == 2)
+                        self.assertEqual({pool.pid().result(SAFETY) for _ in range(4)}, {*others})
+                        go()
+                    until(lambda: pool.get_pool_stats()["total_workers"] == 3)
+                    there = {pool.pid().result(SAFETY) for _ in range(6)}
+                    self.assertEqual((len(there), there & {killed, *others}), (3, {*others}))
+        refusals = [line for line in logs.output if "cannot be started now" in line]
+        self.assertEqual(len(refusals), 10)
+        self.assertRegex(refusals[1], "Patient-0.*Too many open files.*tried again in 0.2 s")
+
+    def test_the_calls_of_the_only_worker_wait(self):
+        for is_left in (False, True):
+            with tries_held() as tries, self.log_of():
+                pool = self.start(Patient, mode="process", max_queued_tasks=None)
+                with starts_refused(2):
+                    killed, *waiting = [pool.exit(3), *(pool.add() for _ in range(3))]
+                    for go in (tries.get(timeout=SAFETY)[1] for _ in range(2)):
+                        self.assertIsInstance(killed.exception(SAFETY), WorkerDiedError)
+                        waiting.append(pool.add())
+                        self.assertFalse(any(future.done() for future in waiting))
+                        go()
+                leaving = in_thread(pool.shutdown) if is_left else done_future()
+                self.assertEqual(gather(waiting, timeout=SAFETY), [1, 2, 3, 4, 5])
+                leaving.result(SAFETY)
+
+    def test_stopped_meanwhile(self):
+        """At once, and nothing is left."""
+        for size in (1, 3):
+            pool = self.start(Patient, mode="process", max_workers=size, max_queued_tasks=None)
+            with self.subTest(size=size), tries_held() as tries, starts_refused(100), self.log_of():
+                thread = pool._pool.backends[0].reader.thread
+                pids = [pool.pid().result(SAFETY) for _ in range(size)]
+                for pid in pids:
+                    self.kill(pid)
+                    tries.get(timeout=SAFETY)
+                waiting = [pool.add() for _ in range(4)]
+                in_thread(pool.stop, 600).result(SAFETY)
+                self.assertEqual([future.cancelled() for future in waiting], [True] * 4)
+                thread.join(SAFETY)
+                self.assertFalse(thread.is_alive())
+
+    def test_shut_down_meanwhile(self):
+        pool = self.start(Patient, mode="process")
+        with tries_held() as tries, starts_refused(100), self.log_of():
+            self.kill(pool.pid().result(SAFETY))
+            tries.get(timeout=SAFETY)
+            in_thread(pool.shutdown).result(SAFETY)
+
+    def test_an_error_of_the_constructor_is_the_workers(self):
+        """Though it is an OSError: after three starts the worker is given up. Those that are refused do not count."""
+        with tries_held() as tries, self.log_of():
+            path = os.path.join(self.folder(), "starts")
+            pool = self.start(Fragile, FileNotFoundError(2, "my own"), path, mode="process")
+            with starts_refused(2):
+                self.kill(pool.pid().result(SAFETY))
+                for _ in range(2):
+                    tries.get(timeout=SAFETY)[1]()
+                error = pool.pid().exception(SAFETY)
+            self.assertEqual((type(error), error.args), (FileNotFoundError, (2, "my own")))
+            self.assertEqual(len(open_and_read(path)), 4)
+            self.assertTrue(tries.empty())
+
+    def test_a_process_that_cannot_be_told_what_it_needs(self):
+        """It has been started, and is not left as a zombie."""
+        send, launch, errors, pids = socket.send_fds, concurry._launch, [], []
+
+        def send_fds(*args):
+            if errors and sys._getframe(1).f_code is concurry._ProcessBackend._launch.__code__:
+                raise errors.pop()
+            return send(*args)
+
+        def launch_and_note(*args):
+            process = launch(*args)
+            pids.append(process.pid)
+            return process
+        with unittest.mock.patch("socket.send_fds", send_fds), self.log_of(), \
+                unittest.mock.patch.object(concurry, "_launch", launch_and_note):
+            for method in START_METHODS:
+                with self.subTest(method), self.start(Patient, mode="process", mp_context=method) as pool, tries_held() as tries:
+                    pool.add().result(SAFETY)
+                    before = set(descriptors().items())
+                    errors.append(OSError(105, "No buffer space available"))
+                    with self.assertRaisesRegex(OSError, "No buffer space"):
+                        self.start(Patient, mode="process", mp_context=method)
+                    self.assertEqual(set(descriptors().items()) - before, set())
+                    errors.append(OSError(105, "No buffer space available"))
+                    pool.exit(3).exception(SAFETY)
+                    tries.get(timeout=SAFETY)[1]()
+                    self.assertEqual(pool.add().result(SAFETY), 1)
+                    until(lambda: {pid for pid in pids if os.path.exists(f"/proc/{pid}")} == {pids[-1]})
+
+
+@contextlib.contextmanager
+def threads_refused(name):
+    """Have the system refuse threads whose name matches."""
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if re.fullmatch(name, thread.name):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    with unittest.mock.patch("threading.Thread.start", refuse):
+        yield
+
+
+class RefusedThreadTests(CleanTestCase):
+    """The call fails with the cause, or `init` raises it; nothing is left pending (FAULTS 42)."""
+
+    def test_a_late_call(self):
+        """In sync mode it needs none; on demand it fails, unless there is another worker, which has it then."""
+        here, dependency = self.start(TaskWorker, mode="sync"), BaseFuture()
+        waiting = in_thread_until_it_waits(here.submit, square, dependency)
+        with threads_refused(".*"):
+            dependency.set_result(2)
+            self.assertEqual(waiting.result(SAFETY).result(SAFETY), 4)
+        pool = self.start(TaskWorker, mode="thread", max_workers=2, on_demand=True)
+        started, go, dependency = self.flag(), self.flag(), BaseFuture()
+        late = pool.submit(square, dependency)
+        with threads_refused(".*"):
+            dependency.set_result(3)
+            for future in late, pool.submit(square, 4):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", future.result, SAFETY)
+        held, dependency = pool.submit(hold, started, go), BaseFuture()
+        started.wait()
+        with threads_refused(".*"):
+            waiting = [pool.submit(square, 5), pool.submit(square, dependency)]
+            dependency.set_result(6)
+        go.set()
+        self.assertEqual(gather([held, *waiting], timeout=SAFETY), ["held", 25, 36])
+        self.assertEqual(pool._pool.calls, {})
+
+    def test_those_that_init_needs(self):
+        until(lambda: not concurry._readers)
+        before = set(descriptors().items())
+        for mode, name, options in (("thread", "TaskWorker-1", {"max_workers": 2}), ("asyncio", "TaskWorker-0", {}),
+                                    ("asyncio", "TaskWorker-0-plain", {}), ("process", "concurry reader", {}),
+                                    ("process", "concurry reader", {"call_timeout": 60})):
+            with self.subTest(mode=mode, name=name, **options), threads_refused(name):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", self.start, TaskWorker, mode=mode, **options)
+                until(lambda: not set(descriptors().items()) - before)
+        pool = self.start(TaskWorker, mode="process", max_workers=1, on_demand=True)
+        with threads_refused("concurry reader"):
+            for argument in 2, done_future(result=3):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", pool.submit(square, argument).result, SAFETY)
+        self.assertEqual(pool.submit(square, 4).result(SAFETY), 16)
+
+    def test_a_thread_in_the_place_of_one_that_takes_too_long(self):
+        self.addCleanup(CallTimeoutTests.see_threads_end, self, threading.enumerate())
+        pool, started, go = self.start(TaskWorker, mode="thread", max_queued_tasks=None), self.flag(), self.flag()
+        self.addCleanup(go.set)
+        held, waiting = pool.submit(hold, started, go), pool.submit(square, 3)
+        started.wait()
+        with threads_refused("TaskWorker.*"), self.log_of():
+            self.assertTrue(held.cancel(kill=True))
+            for future in waiting, pool.submit(square, 3):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", future.result, SAFETY)
+
+
 class ArgumentTests(CleanTestCase):
     """What becomes of arguments on their way: rows 6 to 8, and 3.12."""
 
@@ -9439,12 +9733,37 @@ class StoppedWhileItIsPickled:
         return int, ()
 
 
+class Reducing:
+    """An argument that has something done while it is pickled."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def __reduce__(self):
+        self.do()
+        return int, ()
+
+
 class StopWhilePicklingTests(CleanTestCase):
     def test_the_call_is_cancelled(self):
         handle = self.start(Patient, mode="process")
         with self.log_of():
             future = handle.give(StoppedWhileItIsPickled(handle))
         self.assertTrue(future.cancelled())
+
+    def test_on_demand_by_another_thread(self):
+        """No worker is made for it, and other pools go on."""
+        other = self.start(TaskWorker, mode="process", max_workers=1)
+        pool = self.start(TaskWorker, mode="process", max_workers=2, on_demand=True)
+        began, go = threading.Event(), threading.Event()
+        submitting = in_thread(pool.submit, abs, Reducing(lambda: (began.set(), go.wait(SAFETY))))
+        self.assertTrue(began.wait(SAFETY))
+        with self.log_of():
+            pool.stop()
+        go.set()
+        self.assertTrue(submitting.result(SAFETY).cancelled())
+        self.assertEqual(other.submit(square, 3).result(SAFETY), 9)
+        self.assertEqual(pool._pool.backends, [])
 
 
 # === Limits across processes ===
@@ -10737,6 +11056,29 @@ def a_module_makes_a_pool_when_it_is_imported(case):
     case.assertEqual(len(open_and_read(trace)), 1 if case.method == "fork" else 3)
 
 
+def a_module_makes_a_pool_by_fork_when_it_is_imported(case):
+    """Its worker is a copy of a process that imports the module: it cannot end that."""
+    folder = case.folder()
+    case.write(folder, storm='''
+        import concurry, os
+        pool = concurry.Executor("process", int(os.environ["SIZE"]), mp_context="fork")
+        def function(): return 1
+    ''')
+    code = """
+        sys.path.append(sys.argv[1])
+        import concurry, storm
+        with concurry.Executor("process", 1, mp_context=sys.argv[2]) as pool:
+            for pool, fn in (pool, storm.function), (storm.pool, storm.function), (storm.pool, int):
+                error = pool.submit(fn).exception()
+                print(error and (isinstance(error, RuntimeError), "storm" in str(error)))
+        storm.pool.stop()
+    """
+    # A worker that is forked later has the module already.
+    first = "None" if case.method == "fork" else "(True, True)"
+    with unittest.mock.patch.dict(os.environ, SIZE=str(case.size)):
+        case.check_program(code, f"{first}\n(True, True)\nNone\n", folder, case.method)
+
+
 def two_copies_under_other_names(case):
     """In a bare interpreter; each has workers, exceptions and a fork server of its own."""
     folder = case.folder()
@@ -10868,6 +11210,20 @@ class Reaching(Patient):
     def linger(self):
         """Leave an object behind whose end takes for ever."""
         self.lingering = Lingering()
+
+    def break_hearing(self):
+        """Put an error into what this process does when it hears from its parent."""
+        self.inner = Executor("process", 1)
+        self.inner.submit(square, 2).result(SAFETY)
+        self.log = io.StringIO()
+        logging.getLogger("concurry").addHandler(logging.StreamHandler(self.log))
+        PutIn(concurry._Upstream, "_hear").__enter__().arm()
+
+    def use_inner(self):
+        return self.inner.submit(square, 3).result(SAFETY)
+
+    def logged(self):
+        return self.log.getvalue()
 
 
 class PutIn:
@@ -11153,6 +11509,14 @@ def is_of_a_call(caller, future, *args):
     return "_call" in vars(future)
 
 
+def close_coroutines(caller, *args):
+    """Nobody will await them."""
+    for arg in args:
+        if inspect.iscoroutine(arg):
+            arg.close()
+    return True
+
+
 class OwnErrorTests(ProgramCase):
     """FAULTS 38: an error of our own fails the call or the worker it was made for, and is logged; nobody else notices."""
 
@@ -11203,7 +11567,7 @@ class OwnErrorTests(ProgramCase):
         with self.log_of(level="ERROR") as logs:
             futures = in_thread(scenario, self, error).result(SAFETY)
             others = [other.submit(square, n) for n in range(9)]
-            self.assertEqual(concurry.wait(futures, SAFETY).not_done, set())
+            gather(futures, return_exceptions=True, timeout=SAFETY)
             error.wait()
             until(lambda: any(record.exc_info and record.exc_info[1] is error.error for record in logs.records))
         go.set()
@@ -11218,6 +11582,17 @@ class OwnErrorTests(ProgramCase):
         with contextlib.suppress(AssertionError):
             until(lambda: not left())
         self.assertEqual(left(), [])
+
+    def test_a_worker_that_hears_a_verdict(self):
+        """The same in a worker process: the call that waits fails, the worker's own pool and its next calls do not."""
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        pool, other = self.made(limits=limits), self.made(limits=limits, name="other")
+        pool.break_hearing().result(SAFETY)
+        self.assertRaisesRegex(RuntimeError, "put in here", pool.use().result, SAFETY)
+        futures = [pool.use(), pool.use(), pool.use_inner(), pool.use(), other.use()]
+        self.assertEqual(gather(futures, timeout=SAFETY), ["used", "used", 9, "used", "used"])
+        self.assertEqual(limits.get_stats()["slots"]["in_use"], 0)
+        self.assertRegex(pool.logged().result(SAFETY), "(?s)Traceback.*put in here")
 
     def test_the_resource_tracker(self):
         self.check_program("""
@@ -11237,7 +11612,8 @@ class OwnErrorTests(ProgramCase):
     def test_a_call_of_an_asyncio_worker(self):
         calls = {"_begin_call": (square_async, 3), "_serve": (square, 3), "_start": (returns_coroutine, 3), "_start_wait": (boom, 3)}
         for name, call in calls.items():
-            with self.subTest(name), PutIn(concurry._AsyncioBackend, name) as error, self.log_of(level="ERROR") as logs:
+            with self.subTest(name), PutIn(concurry._AsyncioBackend, name, close_coroutines) as error, \
+                    self.log_of(level="ERROR") as logs:
                 waiting = []
 
                 async def wait():
@@ -11250,9 +11626,7 @@ class OwnErrorTests(ProgramCase):
                 held = pool.submit(wait)
                 until(lambda: waiting)
                 error.arm()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)         # of the coroutine that is not awaited then
-                    self.assertIs(pool.submit(*call).exception(SAFETY), error.error)
+                self.assertIs(pool.submit(*call).exception(SAFETY), error.error)
                 self.assertIs(logs.records[0].exc_info[1], error.error)
                 pool.submit(go_on).result(SAFETY)
                 self.assertEqual((held.result(SAFETY), pool.submit(square, 2).result(SAFETY)), ("went on", 4))
@@ -11384,6 +11758,7 @@ FAULTS = [
     Fault(32, "kills and limits", PROCESS, killed_again_and_again_while_limits_are_used),
     Fault(33, "no semaphores", MODES, no_semaphores_and_no_shared_memory),
     Fault(34, "pool while importing", PROCESS, a_module_makes_a_pool_when_it_is_imported),
+    Fault(34, "pool by fork while importing", PROCESS, a_module_makes_a_pool_by_fork_when_it_is_imported),
     Fault(35, "two copies", PROCESS, two_copies_under_other_names),
     Fault(36, "callbacks and full pools", BESIDE, submitted_by_callbacks_to_full_pools),
     Fault(36, "its own full pool", ("thread", "asyncio"), submitted_by_a_call_to_its_own_full_pool),
@@ -12382,6 +12757,47 @@ class RaceTests(CleanTestCase):
                 print(os.read(reader, 10))
         """)
         self.assertEqual(ended.stdout, "b'6'\n")
+
+
+class Disturbed:
+    """A collection that is changed in the middle of each of the first few iterations."""
+
+    left = 3
+
+    def __iter__(self):
+        elements = super().__iter__()
+        yield from itertools.islice(elements, 2)
+        if self.left:
+            self.left -= 1
+            self.change()
+        yield from elements
+
+
+class DisturbedQueue(Disturbed, collections.deque):
+    def change(self):
+        self.popleft()
+        self.append("new")
+
+
+class DisturbedSet(Disturbed, weakref.WeakSet):
+    def change(self):
+        self.kept = [Counter() for _ in range(100)]
+        self.update(self.kept)
+
+
+class SharedContainerTests(CleanTestCase):
+    def test_a_queue_that_is_changed_while_it_is_read(self):
+        changed = DisturbedQueue(range(6))
+        self.assertRaisesRegex(RuntimeError, "mutated", list, changed)
+        self.assertEqual(concurry._first_of(changed, 4), [3, 4, 5, "new"])
+        self.assertEqual(concurry._first_of(collections.deque(range(6)), 4), [0, 1, 2, 3])
+
+    def test_a_weak_set_that_is_changed_while_it_is_read(self):
+        elements = [Counter() for _ in range(4)]
+        changed = DisturbedSet(elements)
+        self.assertRaisesRegex(RuntimeError, "changed size", list, changed)
+        found = concurry._all_of(changed)
+        self.assertEqual((type(found), set(elements) - set(found), len(found)), (list, set(), len(changed)))
 
 
 def decoder_round(choose, number, damage):
