@@ -7376,6 +7376,11 @@ def program_has_pending(pid):
     return any(int(word, 16) for word in re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status))
 
 
+def program_catches(pid, number):
+    """Tell whether a process has a handler for a signal."""
+    return int(re.search(r"SigCgt:\s*(\w+)", open_and_read(f"/proc/{pid}/status"))[1], 16) >> number - 1 & 1
+
+
 def leave_with(code):
     sys.exit(code)
 
@@ -9557,7 +9562,7 @@ def threads_refused(name):
         yield
 
 
-class RefusedThreadTests(CleanTestCase):
+class RefusedThreadTests(ProgramCase):
     """The call fails with the cause, or `init` raises it; nothing is left pending (FAULTS 42)."""
 
     def test_a_late_call(self):
@@ -9597,6 +9602,30 @@ class RefusedThreadTests(CleanTestCase):
             for argument in 2, done_future(result=3):
                 self.assertRaisesRegex(RuntimeError, "can't start new thread", pool.submit(square, argument).result, SAFETY)
         self.assertEqual(pool.submit(square, 4).result(SAFETY), 16)
+
+    def test_serve(self):
+        """It ends as ever: what was submitted is finished at the interpreter's exit, at the latest."""
+        path = os.path.join(self.folder(), "fifo")
+        os.mkfifo(path)
+        program = Program(self, """
+            import concurry, threading
+            def wait(path):
+                with open(path) as file: return file.read()
+            def refuse(thread): raise RuntimeError("can't start new thread")
+            pools = [concurry.Executor("process", 1, max_queued_tasks=None), concurry.Executor("thread", 1)]
+            pools[0].submit(int).result()
+            threading.Thread.start = refuse
+            for call in pools[0].submit(wait, sys.argv[1]), pools[0].submit(abs, -2), pools[1].submit(abs, -3):
+                call.add_done_callback(lambda call: print(call.result(), flush=True))
+            concurry.serve(*pools)
+        """, path, way="file")
+        self.assertEqual(program.line(), "3")
+        until(lambda: program_catches(program.popen.pid, signal.SIGTERM))
+        wait_until_asleep(program.popen.pid)
+        program.popen.send_signal(signal.SIGTERM)
+        with open(path, "w") as file:
+            file.write("1")
+        self.assertEqual((*program.output(), program.popen.returncode), ("1\n2\n", "", 143))
 
     def test_a_thread_in_the_place_of_one_that_takes_too_long(self):
         self.addCleanup(CallTimeoutTests.see_threads_end, self, threading.enumerate())
