@@ -9498,6 +9498,20 @@ class RefusedStartTests(CleanTestCase):
                 thread.join(SAFETY)
                 self.assertFalse(thread.is_alive())
 
+    def test_made_smaller_meanwhile(self):
+        pool = self.start(Patient, mode="process", max_workers=3)
+        with tries_held() as tries, starts_refused(1), self.log_of():
+            self.kill(pool.pid().result(SAFETY))
+            _, go = tries.get(timeout=SAFETY)
+            until(lambda: pool.get_pool_stats()["total_workers"] == 2)
+            pool.resize(2)
+            go()
+            done = threading.Event()
+            concurry._readers[os.getpid()].post(done.set)       # it has been tried
+            self.assertTrue(done.wait(SAFETY))
+            until(lambda: len({pool.pid().result(SAFETY) for _ in range(6)}) == pool.get_pool_stats()["total_workers"])
+            self.assertEqual(pool.get_pool_stats()["total_workers"], 2)
+
     def test_shut_down_meanwhile(self):
         pool = self.start(Patient, mode="process")
         with tries_held() as tries, starts_refused(100), self.log_of():
@@ -9637,6 +9651,41 @@ class RefusedThreadTests(ProgramCase):
             self.assertTrue(held.cancel(kill=True))
             for future in waiting, pool.submit(square, 3):
                 self.assertRaisesRegex(RuntimeError, "can't start new thread", future.result, SAFETY)
+
+    def test_at_the_interpreters_exit(self):
+        """3.12 refuses them all then; neither who waits in sync mode nor who is late hangs, or is cancelled."""
+        ended = run_script("""
+            import concurry, threading
+            dependency, looked = concurry.BaseFuture(), threading.Event()
+            here, worker = concurry.Executor("sync"), concurry.Executor("thread", 1)
+            on_demand = concurry.Executor("thread", 2, on_demand=True)
+            def slow(n):
+                while not concurry._is_exiting: pass
+                try: on_demand.submit(abs, n)
+                except RuntimeError as error: print("refused:", error)
+                dependency.set_result(n)
+                print("late:", late.exception() or late.result())
+                return n
+            late = on_demand.submit(abs, dependency)
+            future = worker.submit(slow, -5)
+            waiting = threading.Thread(target=lambda: print("waited:", here.submit(abs, future).result()))
+            # Have the main thread look what is left between the end of that call and the beginning of the one that waits for it.
+            sleep, run, withdraw = concurry._Watch.sleep, concurry._run, concurry._withdraw
+            def sleep_on(*args):
+                slept = sleep(*args)
+                if threading.current_thread() is waiting: looked.wait(10)
+                return slept
+            def look(function, *args):
+                if future.done() and threading.current_thread() is threading.main_thread(): looked.set()
+                return function(*args)
+            concurry._Watch.sleep = sleep_on
+            concurry._run = lambda *args: look(run, *args)
+            concurry._withdraw = lambda *args: look(withdraw, *args)
+            waiting.start()
+            while all(call.watch is None for call in list(here._pool.calls)): pass
+        """)
+        self.assertRegex(ended.stdout, r"refused: .*the interpreter is exiting.*\nlate: (5|can't \w+ new thread.*)\nwaited: 5\n")
+        self.assertEqual(ended.stderr, "")
 
 
 class ArgumentTests(CleanTestCase):
@@ -11323,7 +11372,6 @@ NOT_TRIED = {
     "_Reader._listen: timer[2]": "what others hand over",
     "_TimeKeeper.forget: reader.cancel": "the reader's own",
     "_TimeKeeper.end: reader.backends.discard": "of a set",
-    "_ProcessBackend._terminate: link.process.kill": "the process is left behind",
     "_tracker: _start_tracker": "once in a program: test_the_resource_tracker",
     "_Upstream.listen: _hear": "in a worker: test_a_worker_that_hears_a_verdict",
     "_of_ref: take": "Ray's",
@@ -11463,6 +11511,18 @@ def stopped_while_a_call_runs(case, error):
     began.wait()
     error.arm()
     return [*futures, in_thread(pool.stop, 0)]
+
+
+@reaches("_ProcessBackend._terminate: link.process.kill")
+def stopped_while_a_call_ignores_that(case, error):
+    pool, began = case.made(), case.flag()
+    future = pool.ignore_and_wait(began)
+    began.wait()
+    error.arm()
+    with unittest.mock.patch.object(concurry, "_GRACE", 0.01):
+        pool.stop(0)
+    error.wait()
+    return [future]
 
 
 @reaches("_ProcessBackend.finish: _hang_up", "_ProcessBackend._end: _settle of self.ended")
@@ -11621,7 +11681,9 @@ class OwnErrorTests(ProgramCase):
         futures = [pool.use(), pool.use(), pool.use_inner(), pool.use(), other.use()]
         self.assertEqual(gather(futures, timeout=SAFETY), ["used", "used", 9, "used", "used"])
         self.assertEqual(limits.get_stats()["slots"]["in_use"], 0)
-        self.assertRegex(pool.logged().result(SAFETY), "(?s)Traceback.*put in here")
+        logged = pool.logged().result(SAFETY)
+        self.assertRegex(logged, "(?s)Traceback.*put in here")
+        self.assertEqual(logged.count("an error of concurry's own"), 1)
 
     def test_the_resource_tracker(self):
         self.check_program("""
@@ -11639,8 +11701,7 @@ class OwnErrorTests(ProgramCase):
         """, "worked worked []\n", errors="Traceback(?s:.*)put in here")
 
     def test_a_call_of_an_asyncio_worker(self):
-        calls = {"_begin_call": (square_async, 3), "_serve": (square, 3), "_start": (returns_coroutine, 3), "_start_wait": (boom, 3)}
-        for name, call in calls.items():
+        for name, fn in ("_begin_call", square_async), ("_serve", square), ("_start", returns_coroutine), ("_start_wait", boom):
             with self.subTest(name), PutIn(concurry._AsyncioBackend, name, close_coroutines) as error, \
                     self.log_of(level="ERROR") as logs:
                 waiting = []
@@ -11655,11 +11716,35 @@ class OwnErrorTests(ProgramCase):
                 held = pool.submit(wait)
                 until(lambda: waiting)
                 error.arm()
-                self.assertIs(pool.submit(*call).exception(SAFETY), error.error)
+                self.assertIs(pool.submit(fn, 3).exception(SAFETY), error.error)
                 self.assertIs(logs.records[0].exc_info[1], error.error)
                 pool.submit(go_on).result(SAFETY)
                 self.assertEqual((held.result(SAFETY), pool.submit(square, 2).result(SAFETY)), ("went on", 4))
                 self.assertEqual((pool._pool.calls, pool._pool.backends[0].calls), ({}, {}))
+
+    def test_a_call_whose_place_is_given_back(self):
+        """It is free all the same: there is one, and the next call gets it."""
+        small = {"max_workers": 1, "max_queued_tasks": 1}
+        for mode, options in (("sync", {}), ("asyncio", {}), ("thread", small), ("thread", {**small, "on_demand": True}),
+                              ("process", small), ("process", {**small, "on_demand": True})):
+            with self.subTest(mode=mode, **options):
+                pool = self.start(TaskWorker, mode=mode, **options)
+                with PutIn(concurry._Pool, "leave") as error, self.log_of(level="ERROR"):
+                    error.arm()
+                    self.assertIs(pool.submit(square, 2).exception(SAFETY), error.error)
+                self.assertEqual([each.calls for each in (pool._pool, *pool._pool.backends) if each.calls], [])
+                self.assertEqual(in_thread(pool.submit, square, 3).result(SAFETY).result(SAFETY), 9)
+
+    def test_the_last_call_before_the_end(self):
+        pool, started, go = self.start(TaskWorker, mode="thread", max_workers=2), self.flag(), self.flag()
+        held = pool.submit(hold, started, go)
+        started.wait()
+        ending = in_thread_until_it_waits(pool.shutdown)
+        with PutIn(concurry._Pool, "leave") as error, self.log_of(level="ERROR"):
+            error.arm()
+            go.set()
+            self.assertIs(held.exception(SAFETY), error.error)
+            ending.result(SAFETY)
 
     def test_a_call_of_a_thread_on_demand(self):
         pool = self.start(TaskWorker, mode="thread", max_workers=1, on_demand=True)
