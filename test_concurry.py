@@ -11746,6 +11746,18 @@ class OwnErrorTests(ProgramCase):
             self.assertIs(held.exception(SAFETY), error.error)
             ending.result(SAFETY)
 
+    def test_a_worker_that_is_built(self):
+        """`init` raises it; on demand, where that does not wait, the call does."""
+        def is_of_a_worker(caller, *args):
+            return caller.f_code.co_name in ("_build", "_main")
+        for mode, options in ("thread", {"on_demand": True, "max_workers": 1}), ("thread", {}), ("asyncio", {}):
+            with self.subTest(mode=mode, **options), PutIn(concurry, "_settle", is_of_a_worker) as error, \
+                    unittest.mock.patch.object(threading, "excepthook", lambda args: None):
+                faulthandler.dump_traceback_later(2 * SAFETY, exit=True, file=sys.__stderr__)
+                error.arm()
+                outcome = in_thread(lambda: self.start(TaskWorker, mode=mode, **options).submit(square, 2).result(SAFETY))
+                self.assertIs(outcome.exception(SAFETY), error.error)
+
     def test_a_call_of_a_thread_on_demand(self):
         pool = self.start(TaskWorker, mode="thread", max_workers=1, on_demand=True)
         with PutIn(concurry, "_settle", is_of_a_call) as error, self.log_of(level="ERROR"):
