@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import atexit
 import builtins
 import collections
 import concurrent.futures
@@ -4534,6 +4535,18 @@ class StopFromWithinTests(CleanTestCase):
                         self.assertTrue(future.cancelled() or future.result(0) is None)
                         self.assertRaises(RuntimeError, pool.submit, square, 1)
 
+    def test_stop_from_a_call_while_another_thread_stops(self):
+        """It returns at once; the other one waits for the call, and a third one for the end."""
+        pool, started, go = self.start(TaskWorker, mode="thread"), self.flag(), self.flag()
+        future = pool.submit(lambda: (hold(started, go), pool.stop(600), "went on")[-1])
+        started.wait()
+        first = in_thread_until_it_waits(pool.stop, 600)
+        third = in_thread_until_it_waits(lambda: (pool.stop(600), future.done())[1])
+        self.assertFalse(first.done() or third.done())
+        go.set()
+        self.assertEqual(future.result(SAFETY), "went on")
+        self.assertEqual(gather([first, third], timeout=SAFETY), [None, True])
+
     def test_coroutines_are_cancelled_at_the_timeout(self):
         for _ in range(10):
             worker = self.start(Looped, mode="asyncio")
@@ -4590,6 +4603,84 @@ class StopFromWithinTests(CleanTestCase):
                 pool.stop()
                 logging.disable(logging.NOTSET)
                 self.assertEqual([f for f in submitting.result(SAFETY) if not f.done()], [])
+
+
+def in_thread_until_it_waits(fn, *args):
+    """Do as `in_thread`, and return when the thread sleeps until something of ours has happened, or has ended."""
+    idents = queue.SimpleQueue()
+    future = in_thread(lambda: (idents.put(threading.get_ident()), fn(*args))[1])
+    ident = idents.get(timeout=SAFETY)
+
+    def waits():
+        frame = sys._current_frames().get(ident)
+        return frame is not None and frame.f_code is concurry._sleep_on.__code__
+    until(lambda: future.done() or waits())
+    return future
+
+
+class SeveralStopsTests:
+    """A `stop` while another one, `with` or `shutdown` waits for a call that runs (SPEC 3.5, 14.1; FAULTS 17)."""
+
+    def setUp(self):
+        self.addCleanup(CallTimeoutTests.see_threads_end, self, threading.enumerate())
+        self.pool = self.make(Counter, max_queued_tasks=None)
+        self.started, self.go = self.flag(), self.flag()
+        self.addCleanup(self.go.set)
+        self.held = self.pool.hold(self.started, self.go)
+        self.started.wait()
+        quiet = warnings.catch_warnings()
+        quiet.__enter__()
+        self.addCleanup(quiet.__exit__, None, None, None)
+        warnings.simplefilter("ignore", ResourceWarning)
+
+    def check_stopped_at_once(self):
+        self.assertIsInstance(self.held.exception(0), WorkerDiedError)
+        self.assertIn("stopped after 0 s", str(self.held.exception()))
+        if self.mode == "thread":           # nobody has waited for that one
+            self.assertFalse(self.pool._pool.backends[0].ended.done())
+
+    def test_the_second_returns_when_the_first_has_ended(self):
+        """Or at once, if it would wait for itself."""
+        waiting, returned, pending = [self.pool.add() for _ in range(3)], queue.SimpleQueue(), []
+        waiting[1].add_done_callback(lambda _: returned.put(self.pool.stop()))
+
+        def stop():
+            self.pool.stop(600)
+            pending.extend(future for future in (self.held, *waiting) if not future.done())
+        with self.log_of():
+            first = in_thread_until_it_waits(stop)
+        self.assertIsNone(returned.get(timeout=SAFETY))
+        self.assertTrue(all(future.cancelled() for future in waiting))
+        others = [in_thread_until_it_waits(stop) for _ in range(2)]
+        self.assertFalse(any(future.done() for future in (self.held, first, *others)))
+        self.go.set()
+        gather([first, *others], timeout=SAFETY)
+        self.assertEqual((pending, self.held.result(0)), ([], "held"))
+
+    def test_the_earlier_deadline_holds(self):
+        first = in_thread_until_it_waits(self.pool.stop, 600)
+        third = in_thread_until_it_waits(self.pool.stop, 1200)
+        second = in_thread(self.pool.stop, 0)
+        gather([first, second, third], timeout=SAFETY)
+        self.check_stopped_at_once()
+
+    def test_with_waits(self):
+        def leave():
+            with self.pool:
+                pass
+
+        async def leave_async():
+            async with self.pool:
+                pass
+        waiting = [in_thread_until_it_waits(leave), in_thread_until_it_waits(self.pool.shutdown),
+                   in_thread_until_it_waits(self.pool.join), in_thread(asyncio.run, leave_async())]
+        self.assertFalse(any(future.done() for future in waiting))
+        in_thread(self.pool.stop, 0).result(SAFETY)
+        gather(waiting, timeout=SAFETY)
+        self.check_stopped_at_once()
+
+
+over_modes(globals(), [SeveralStopsTests], ["thread", "process"])
 
 
 class StormTests:
@@ -5997,6 +6088,15 @@ class TaskTests(CleanTestCase):
         self.assertEqual(gather(runs), list(range(4)))
         self.assertEqual(where.get_pool_stats()["total_workers"], 2)
         where.stop()
+
+    def test_resized_before_the_first_call(self):
+        other = self.start(TaskWorker, mode="process", max_workers=1)
+        processed_at_once = task(mode="process", on_demand=False, max_workers=1)(square)
+        with processed_at_once:
+            processed_at_once.resize(2)
+            self.assertEqual(gather([processed_at_once(n) for n in range(4)], timeout=SAFETY), [0, 1, 4, 9])
+            self.assertEqual(processed_at_once.get_pool_stats()["total_workers"], 2)
+        self.assertEqual(other.submit(square, 3).result(SAFETY), 9)
 
     def test_a_task_of_a_method(self):
         with self.assertRaisesRegex(TypeError, "@task is for functions, and .*Owner.double is a method: make .*Owner a worker"):
@@ -8093,6 +8193,11 @@ def program_has_pending(pid):
     """Tell whether a signal that was sent to a process has not come there."""
     status = open_and_read(f"/proc/{pid}/status")
     return any(int(word, 16) for word in re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", status))
+
+
+def program_catches(pid, number):
+    """Tell whether a process has a handler for a signal."""
+    return int(re.search(r"SigCgt:\s*(\w+)", open_and_read(f"/proc/{pid}/status"))[1], 16) >> number - 1 & 1
 
 
 def leave_with(code):
@@ -10358,6 +10463,287 @@ class LaunchTests(CleanTestCase):
             self.assertEqual(first.add(1).result(SAFETY), 1)
 
 
+@contextlib.contextmanager
+def starts_refused(times):
+    """Have the system refuse so many processes."""
+    launch, before = concurry._launch, itertools.count()
+
+    def refuse(*args):
+        if next(before) < times:
+            raise OSError(24, "Too many open files")
+        return launch(*args)
+    with unittest.mock.patch.object(concurry, "_launch", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def tries_held():
+    """Yield a queue of (seconds, go) for each start that is to be tried again after these seconds: it is when `go` is called."""
+    later, tries = concurry._Reader.later, queue.SimpleQueue()
+
+    def hold_back(reader, seconds, function):
+        if getattr(function, "__name__", None) != "_launch":
+            return later(reader, seconds, function)
+        timer = later(reader, 3600, function)
+        tries.put((seconds, lambda: reader.post(lambda: ring(reader, timer))))
+        return timer
+
+    def ring(reader, timer):
+        function = timer[2]
+        reader.cancel(timer)
+        function()
+    with unittest.mock.patch.object(concurry._Reader, "later", hold_back):
+        yield tries
+
+
+class RefusedStartTests(CleanTestCase):
+    """A replacement that the system refuses is tried again, until the pool has its size (SPEC 14.5, FAULTS 30)."""
+
+    def kill(self, pid):
+        os.kill(pid, 9)
+        self.assertTrue(until_gone(pid))
+
+    def test_others_serve_meanwhile(self):
+        pool = self.start(Patient, mode="process", max_workers=3)
+        with tries_held() as tries, self.log_of() as logs:
+            for delays in [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10], [0.1]:      # it begins anew
+                killed, *others = [pool.pid().result(SAFETY) for _ in range(3)]
+                with starts_refused(len(delays)):
+                    self.kill(killed)
+                    for delay in delays:
+                        seconds, go = tries.get(timeout=SAFETY)
+                        self.assertAlmostEqual(seconds, delay)
+                        until(lambda: pool.get_pool_stats()["total_workers"] == 2)
+                        self.assertEqual({pool.pid().result(SAFETY) for _ in range(4)}, {*others})
+                        go()
+                    until(lambda: pool.get_pool_stats()["total_workers"] == 3)
+                    there = {pool.pid().result(SAFETY) for _ in range(6)}
+                    self.assertEqual((len(there), there & {killed, *others}), (3, {*others}))
+        refusals = [line for line in logs.output if "cannot be started now" in line]
+        self.assertEqual(len(refusals), 10)
+        self.assertRegex(refusals[1], "Patient-0.*Too many open files.*tried again in 0.2 s")
+
+    def test_the_calls_of_the_only_worker_wait(self):
+        for is_left in (False, True):
+            with tries_held() as tries, self.log_of():
+                pool = self.start(Patient, mode="process", max_queued_tasks=None)
+                with starts_refused(2):
+                    killed, *waiting = [pool.exit(3), *(pool.add() for _ in range(3))]
+                    for go in (tries.get(timeout=SAFETY)[1] for _ in range(2)):
+                        self.assertIsInstance(killed.exception(SAFETY), WorkerDiedError)
+                        waiting.append(pool.add())
+                        self.assertFalse(any(future.done() for future in waiting))
+                        go()
+                leaving = in_thread(pool.shutdown) if is_left else done_future()
+                self.assertEqual(gather(waiting, timeout=SAFETY), [1, 2, 3, 4, 5])
+                leaving.result(SAFETY)
+
+    def test_stopped_meanwhile(self):
+        """At once, and nothing is left."""
+        for size in (1, 3):
+            pool = self.start(Patient, mode="process", max_workers=size, max_queued_tasks=None)
+            with self.subTest(size=size), tries_held() as tries, starts_refused(100), self.log_of():
+                thread = pool._pool.backends[0].reader.thread
+                pids = [pool.pid().result(SAFETY) for _ in range(size)]
+                for pid in pids:
+                    self.kill(pid)
+                    tries.get(timeout=SAFETY)
+                waiting = [pool.add() for _ in range(4)]
+                in_thread(pool.stop, 600).result(SAFETY)
+                self.assertEqual([future.cancelled() for future in waiting], [True] * 4)
+                thread.join(SAFETY)
+                self.assertFalse(thread.is_alive())
+
+    def test_made_smaller_meanwhile(self):
+        pool = self.start(Patient, mode="process", max_workers=3)
+        with tries_held() as tries, starts_refused(1), self.log_of():
+            self.kill(pool.pid().result(SAFETY))
+            _, go = tries.get(timeout=SAFETY)
+            until(lambda: pool.get_pool_stats()["total_workers"] == 2)
+            pool.resize(2)
+            go()
+            done = threading.Event()
+            concurry._readers[os.getpid()].post(done.set)       # it has been tried
+            self.assertTrue(done.wait(SAFETY))
+            until(lambda: len({pool.pid().result(SAFETY) for _ in range(6)}) == pool.get_pool_stats()["total_workers"])
+            self.assertEqual(pool.get_pool_stats()["total_workers"], 2)
+
+    def test_shut_down_meanwhile(self):
+        pool = self.start(Patient, mode="process")
+        with tries_held() as tries, starts_refused(100), self.log_of():
+            self.kill(pool.pid().result(SAFETY))
+            tries.get(timeout=SAFETY)
+            in_thread(pool.shutdown).result(SAFETY)
+
+    def test_an_error_of_the_constructor_is_the_workers(self):
+        """Though it is an OSError: after three starts the worker is given up. Those that are refused do not count."""
+        with tries_held() as tries, self.log_of():
+            path = os.path.join(self.folder(), "starts")
+            pool = self.start(Fragile, FileNotFoundError(2, "my own"), path, mode="process")
+            with starts_refused(2):
+                self.kill(pool.pid().result(SAFETY))
+                for _ in range(2):
+                    tries.get(timeout=SAFETY)[1]()
+                error = pool.pid().exception(SAFETY)
+            self.assertEqual((type(error), error.args), (FileNotFoundError, (2, "my own")))
+            self.assertEqual(len(open_and_read(path)), 4)
+            self.assertTrue(tries.empty())
+
+    def test_a_process_that_cannot_be_told_what_it_needs(self):
+        """It has been started, and is not left as a zombie."""
+        send, launch, errors, pids = socket.send_fds, concurry._launch, [], []
+
+        def send_fds(*args):
+            if errors and sys._getframe(1).f_code is concurry._ProcessBackend._launch.__code__:
+                raise errors.pop()
+            return send(*args)
+
+        def launch_and_note(*args):
+            process = launch(*args)
+            pids.append(process.pid)
+            return process
+        with unittest.mock.patch("socket.send_fds", send_fds), self.log_of(), \
+                unittest.mock.patch.object(concurry, "_launch", launch_and_note):
+            for method in START_METHODS:
+                with self.subTest(method), self.start(Patient, mode="process", mp_context=method) as pool, tries_held() as tries:
+                    pool.add().result(SAFETY)
+                    before = set(descriptors().items())
+                    errors.append(OSError(105, "No buffer space available"))
+                    with self.assertRaisesRegex(OSError, "No buffer space"):
+                        self.start(Patient, mode="process", mp_context=method)
+                    self.assertEqual(set(descriptors().items()) - before, set())
+                    errors.append(OSError(105, "No buffer space available"))
+                    pool.exit(3).exception(SAFETY)
+                    tries.get(timeout=SAFETY)[1]()
+                    self.assertEqual(pool.add().result(SAFETY), 1)
+                    until(lambda: {pid for pid in pids if os.path.exists(f"/proc/{pid}")} == {pids[-1]})
+
+
+@contextlib.contextmanager
+def threads_refused(name):
+    """Have the system refuse threads whose name matches."""
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if re.fullmatch(name, thread.name):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    with unittest.mock.patch("threading.Thread.start", refuse):
+        yield
+
+
+class RefusedThreadTests(ProgramCase):
+    """The call fails with the cause, or `init` raises it; nothing is left pending (FAULTS 42)."""
+
+    def test_a_late_call(self):
+        """In sync mode it needs none; on demand it fails, unless there is another worker, which has it then."""
+        here, dependency = self.start(TaskWorker, mode="sync"), BaseFuture()
+        waiting = in_thread_until_it_waits(here.submit, square, dependency)
+        with threads_refused(".*"):
+            dependency.set_result(2)
+            self.assertEqual(waiting.result(SAFETY).result(SAFETY), 4)
+        pool = self.start(TaskWorker, mode="thread", max_workers=2, on_demand=True)
+        started, go, dependency = self.flag(), self.flag(), BaseFuture()
+        late = pool.submit(square, dependency)
+        with threads_refused(".*"):
+            dependency.set_result(3)
+            for future in late, pool.submit(square, 4):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", future.result, SAFETY)
+        held, dependency = pool.submit(hold, started, go), BaseFuture()
+        started.wait()
+        with threads_refused(".*"):
+            waiting = [pool.submit(square, 5), pool.submit(square, dependency)]
+            dependency.set_result(6)
+        go.set()
+        self.assertEqual(gather([held, *waiting], timeout=SAFETY), ["held", 25, 36])
+        self.assertEqual(pool._pool.calls, {})
+
+    def test_those_that_init_needs(self):
+        until(lambda: not concurry._readers)
+        before = set(descriptors().items())
+        for mode, name, options in (("thread", "TaskWorker-1", {"max_workers": 2}), ("asyncio", "TaskWorker-0", {}),
+                                    ("asyncio", "TaskWorker-0-plain", {}), ("process", "concurry reader", {}),
+                                    ("process", "concurry reader", {"call_timeout": 60})):
+            with self.subTest(mode=mode, name=name, **options), threads_refused(name):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", self.start, TaskWorker, mode=mode, **options)
+                until(lambda: not set(descriptors().items()) - before)
+        pool = self.start(TaskWorker, mode="process", max_workers=1, on_demand=True)
+        with threads_refused("concurry reader"):
+            for argument in 2, done_future(result=3):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", pool.submit(square, argument).result, SAFETY)
+        self.assertEqual(pool.submit(square, 4).result(SAFETY), 16)
+
+    def test_serve(self):
+        """It ends as ever: what was submitted is finished at the interpreter's exit, at the latest."""
+        path = os.path.join(self.folder(), "fifo")
+        os.mkfifo(path)
+        program = Program(self, """
+            import concurry, threading
+            def wait(path):
+                with open(path) as file: return file.read()
+            def refuse(thread): raise RuntimeError("can't start new thread")
+            pools = [concurry.Executor("process", 1, max_queued_tasks=None), concurry.Executor("thread", 1)]
+            pools[0].submit(int).result()
+            threading.Thread.start = refuse
+            for call in pools[0].submit(wait, sys.argv[1]), pools[0].submit(abs, -2), pools[1].submit(abs, -3):
+                call.add_done_callback(lambda call: print(call.result(), flush=True))
+            concurry.serve(*pools)
+        """, path, way="file")
+        self.assertEqual(program.line(), "3")
+        until(lambda: program_catches(program.popen.pid, signal.SIGTERM))
+        wait_until_asleep(program.popen.pid)
+        program.popen.send_signal(signal.SIGTERM)
+        with open(path, "w") as file:
+            file.write("1")
+        self.assertEqual((*program.output(), program.popen.returncode), ("1\n2\n", "", 143))
+
+    def test_a_thread_in_the_place_of_one_that_takes_too_long(self):
+        self.addCleanup(CallTimeoutTests.see_threads_end, self, threading.enumerate())
+        pool, started, go = self.start(TaskWorker, mode="thread", max_queued_tasks=None), self.flag(), self.flag()
+        self.addCleanup(go.set)
+        held, waiting = pool.submit(hold, started, go), pool.submit(square, 3)
+        started.wait()
+        with threads_refused("TaskWorker.*"), self.log_of():
+            self.assertTrue(held.cancel(kill=True))
+            for future in waiting, pool.submit(square, 3):
+                self.assertRaisesRegex(RuntimeError, "can't start new thread", future.result, SAFETY)
+
+    def test_at_the_interpreters_exit(self):
+        """3.12 refuses them all then; neither who waits in sync mode nor who is late hangs, or is cancelled."""
+        ended = run_script("""
+            import concurry, threading
+            dependency, looked = concurry.BaseFuture(), threading.Event()
+            here, worker = concurry.Executor("sync"), concurry.Executor("thread", 1)
+            on_demand = concurry.Executor("thread", 2, on_demand=True)
+            def slow(n):
+                while not concurry._is_exiting: pass
+                try: on_demand.submit(abs, n)
+                except RuntimeError as error: print("refused:", error)
+                dependency.set_result(n)
+                print("late:", late.exception() or late.result())
+                return n
+            late = on_demand.submit(abs, dependency)
+            future = worker.submit(slow, -5)
+            waiting = threading.Thread(target=lambda: print("waited:", here.submit(abs, future).result()))
+            # Have the main thread look what is left between the end of that call and the beginning of the one that waits for it.
+            sleep, run, withdraw = concurry._Watch.sleep, concurry._run, concurry._withdraw
+            def sleep_on(*args):
+                slept = sleep(*args)
+                if threading.current_thread() is waiting: looked.wait(10)
+                return slept
+            def look(function, *args):
+                if future.done() and threading.current_thread() is threading.main_thread(): looked.set()
+                return function(*args)
+            concurry._Watch.sleep = sleep_on
+            concurry._run = lambda *args: look(run, *args)
+            concurry._withdraw = lambda *args: look(withdraw, *args)
+            waiting.start()
+            while all(call.watch is None for call in list(here._pool.calls)): pass
+        """)
+        self.assertRegex(ended.stdout, r"refused: .*the interpreter is exiting.*\nlate: (5|can't \w+ new thread.*)\nwaited: 5\n")
+        self.assertEqual(ended.stderr, "")
+
+
 class ArgumentTests(CleanTestCase):
     """What becomes of arguments on their way: rows 6 to 8, and 3.12."""
 
@@ -10481,12 +10867,37 @@ class StoppedWhileItIsPickled:
         return int, ()
 
 
+class Reducing:
+    """An argument that has something done while it is pickled."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def __reduce__(self):
+        self.do()
+        return int, ()
+
+
 class StopWhilePicklingTests(CleanTestCase):
     def test_the_call_is_cancelled(self):
         handle = self.start(Patient, mode="process")
         with self.log_of():
             future = handle.give(StoppedWhileItIsPickled(handle))
         self.assertTrue(future.cancelled())
+
+    def test_on_demand_by_another_thread(self):
+        """No worker is made for it, and other pools go on."""
+        other = self.start(TaskWorker, mode="process", max_workers=1)
+        pool = self.start(TaskWorker, mode="process", max_workers=2, on_demand=True)
+        began, go = threading.Event(), threading.Event()
+        submitting = in_thread(pool.submit, abs, Reducing(lambda: (began.set(), go.wait(SAFETY))))
+        self.assertTrue(began.wait(SAFETY))
+        with self.log_of():
+            pool.stop()
+        go.set()
+        self.assertTrue(submitting.result(SAFETY).cancelled())
+        self.assertEqual(other.submit(square, 3).result(SAFETY), 9)
+        self.assertEqual(pool._pool.backends, [])
 
 
 # === Limits across processes ===
@@ -11779,6 +12190,29 @@ def a_module_makes_a_pool_when_it_is_imported(case):
     case.assertEqual(len(open_and_read(trace)), 1 if case.method == "fork" else 3)
 
 
+def a_module_makes_a_pool_by_fork_when_it_is_imported(case):
+    """Its worker is a copy of a process that imports the module: it cannot end that."""
+    folder = case.folder()
+    case.write(folder, storm='''
+        import concurry, os
+        pool = concurry.Executor("process", int(os.environ["SIZE"]), mp_context="fork")
+        def function(): return 1
+    ''')
+    code = """
+        sys.path.append(sys.argv[1])
+        import concurry, storm
+        with concurry.Executor("process", 1, mp_context=sys.argv[2]) as pool:
+            for pool, fn in (pool, storm.function), (storm.pool, storm.function), (storm.pool, int):
+                error = pool.submit(fn).exception()
+                print(error and (isinstance(error, RuntimeError), "storm" in str(error)))
+        storm.pool.stop()
+    """
+    # A worker that is forked later has the module already.
+    first = "None" if case.method == "fork" else "(True, True)"
+    with unittest.mock.patch.dict(os.environ, SIZE=str(case.size)):
+        case.check_program(code, f"{first}\n(True, True)\nNone\n", folder, case.method)
+
+
 def two_copies_under_other_names(case):
     """In a bare interpreter; each has workers, exceptions and a fork server of its own."""
     folder = case.folder()
@@ -11890,6 +12324,503 @@ forked_by_the_user = a_program('''
     handle.stop()
     print("passed")
 ''')
+
+
+# === Faults: errors of our own ===
+
+class Reaching(Patient):
+    """A worker whose calls have its parent do all that it ever does for one."""
+
+    def use(self, began=None):
+        if began:
+            began.set()
+        with self.limits.acquire():
+            return "used"
+
+    def end_when(self, flag):
+        """Have the end of this process wait for a flag."""
+        atexit.register(flag.wait)
+
+    def linger(self):
+        """Leave an object behind whose end takes for ever."""
+        self.lingering = Lingering()
+
+    def break_hearing(self):
+        """Put an error into what this process does when it hears from its parent."""
+        self.inner = Executor("process", 1)
+        self.inner.submit(square, 2).result(SAFETY)
+        self.log = io.StringIO()
+        logging.getLogger("concurry").addHandler(logging.StreamHandler(self.log))
+        PutIn(concurry._Upstream, "_hear").__enter__().arm()
+
+    def use_inner(self):
+        return self.inner.submit(square, 3).result(SAFETY)
+
+    def logged(self):
+        return self.log.getvalue()
+
+
+class PutIn:
+    """An error in our own code: the first call of a function raises it, once it is armed and the call is meant."""
+
+    def __init__(self, owner, name, is_meant=lambda caller, *args: True):
+        self.owner, self.name, self.is_meant = owner, name, is_meant
+        self.error, self.is_armed, self.has_raised = RuntimeError("put in here"), False, False
+
+    def __enter__(self):
+        real = self.real = vars(self.owner)[self.name]
+
+        @functools.wraps(real)
+        def function(*args):
+            if self.is_armed and self.is_meant(sys._getframe(1), *args):
+                self.is_armed, self.has_raised = False, True
+                raise self.error
+            return real(*args)
+        setattr(self.owner, self.name, function)
+        return self
+
+    def __exit__(self, *error):
+        setattr(self.owner, self.name, self.real)
+
+    def arm(self):
+        self.is_armed = True
+
+    def wait(self):
+        until(lambda: self.has_raised)
+
+
+def handed_to_the_reader():
+    """Return "where: what" for each place in the module that gives the thread which hears all processes something to do."""
+    def handed(node):
+        """Return what is handed over by this call, and the arguments that it will have, as expressions."""
+        way, args = node.func, node.args
+        if ast.unparse(way) == "functools.partial":
+            way, args = args[0], args[1:]
+        if ast.unparse(way).endswith("todo.append"):
+            given = args[0]
+            args = [given.elts[0], *given.elts[1].elts] if isinstance(given, ast.Tuple) and isinstance(given.elts[1], ast.Tuple) \
+                else given.elts if isinstance(given, ast.Tuple) else []
+        else:
+            args = args[{"post": 0, "later": 1, "watch": 2, "modify": 2}.get(getattr(way, "attr", None), len(args)):]
+        while args and isinstance(args[0], ast.Call) and ast.unparse(args[0].func) == "functools.partial":
+            args = [*args[0].args, *args[1:]]
+        return args
+
+    def look(node, where):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            where = (*where, node.name)
+        args = [ast.unparse(arg) for arg in handed(node)] if isinstance(node, ast.Call) else []
+        if args:
+            what = args[3] if args[0] == "reader.watch" else " of ".join(args[:2]) if args[0] == "_settle" else args[0]
+            found.add(f"{'.'.join(where[:2])}: {what.removeprefix('self.')}")
+        for child in ast.iter_child_nodes(node):
+            look(child, where)
+    found = set()
+    look(ast.parse(open_and_read(concurry.__file__)), ())
+    return found
+
+
+# What is not tried, and why. All of Ray's needs a cluster; if the reader itself fails, that is row 31.
+NOT_TRIED = {
+    "_RingingLock.release: int": "does nothing, but wakes the reader",
+    "_Reader.__init__: _answer_bell": "the reader's own",
+    "_Reader.post: function": "what others hand over",
+    "_Reader._listen: timer[2]": "what others hand over",
+    "_TimeKeeper.forget: reader.cancel": "the reader's own",
+    "_TimeKeeper.end: reader.backends.discard": "of a set",
+    "_tracker: _start_tracker": "once in a program: test_the_resource_tracker",
+    "_Upstream.listen: _hear": "in a worker: test_a_worker_that_hears_a_verdict",
+    "_of_ref: take": "Ray's",
+    "_hear_of_ray: each.lose_ray": "Ray's",
+}
+REACHED_BY = {}             # place: a scenario
+
+
+def reaches(*places):
+    def keep(scenario):
+        assert not set(places) & set(REACHED_BY), places
+        REACHED_BY.update(dict.fromkeys(places, scenario))
+        return scenario
+    return keep
+
+
+# Each scenario arms the error, does something that gets there, and returns the futures of the pool that is harmed.
+
+@reaches("_ProcessBackend.start: _launch", "_ProcessBackend._take: _settle of self.started")
+def a_worker_is_started(case, error):
+    error.arm()
+    return [in_thread(case.made)]
+
+
+@reaches("_ProcessBackend._launch: _hear", "_ProcessBackend._hear: _hear", "_ProcessBackend._take_answer: _settle_answer")
+def calls_are_answered(case, error):
+    pool = case.made()
+    error.arm()
+    return [pool.add() for _ in range(5)]
+
+
+@reaches("_ProcessBackend._feed: _watch_for_room", "_ProcessBackend._watch_for_room: _hear")
+def a_large_argument(case, error):
+    pool = case.made()
+    process = pool._pool.backends[0].link.process
+    process.halt()                  # it might read as fast as we write
+    error.arm()
+    futures = [pool.give(bytes(1 << 22)), pool.add()]
+    process.kill(signal.SIGCONT)
+    return futures
+
+
+@reaches("_ProcessBackend._launch: _died", "_ProcessBackend._bury: _succeed", "_ProcessBackend._fail: _settle of call.future")
+def a_worker_dies(case, error):
+    pool = case.made()
+    error.arm()
+    return [pool.exit(3), pool.add(), pool.add()]
+
+
+@reaches("_ProcessBackend.feed: _bury")
+def a_worker_dies_while_somebody_sends(case, error):
+    pool = case.made()
+    backend, = pool._pool.backends
+    backend.turn["is"] = "somebody else's"
+    backend.link.process.kill()
+    until(lambda: backend.dead is not None)
+    del backend.turn["is"]
+    error.arm()
+    return [pool.add()]
+
+
+@reaches("_ProcessBackend._launch_later: _launch")
+def a_start_is_refused(case, error):
+    pool = case.made()
+    with starts_refused(1):
+        error.arm()
+        futures = [pool.exit(3), pool.add()]
+        error.wait()
+    return futures
+
+
+@reaches("_ProcessBackend._let_end: _bury")
+def a_worker_is_retired(case, error):
+    pool = case.made(max_tasks_per_worker=1)
+    error.arm()
+    return [pool.add() for _ in range(3)]
+
+
+@reaches("_ProcessBackend._take: _end_late")
+def a_worker_is_retired_and_does_not_end(case, error):
+    with temp_config(global_stop_timeout=0.01):
+        pool = case.made(max_tasks_per_worker=1)
+    error.arm()
+    return [pool.linger(), pool.add()]
+
+
+@reaches("_ProcessBackend._bury: _ended_late")
+def a_worker_ends_after_its_successor_has_begun(case, error):
+    pool, flag = case.made(max_tasks_per_worker=2), case.flag()
+    futures = [pool.end_when(flag), *(pool.add() for _ in range(2))]
+    concurry.wait(futures, SAFETY)
+    error.arm()
+    flag.set()
+    error.wait()
+    return [*futures, pool.add()]
+
+
+@reaches("_ProcessBackend._let_end: link.process.kill")
+def a_worker_takes_too_long_for_its_end(case, error):
+    flag = case.flag()
+    with unittest.mock.patch.object(concurry, "_END_TIMEOUT", -1):
+        pool = case.made(max_tasks_per_worker=1)
+        error.arm()
+        futures = [pool.end_when(flag)]
+        error.wait()
+    flag.set()
+    return [*futures, pool.add()]
+
+
+@reaches("_ProcessBackend.interruption: _end_call")
+def a_call_is_killed(case, error):
+    pool, began = case.made(), case.flag()
+    futures = [pool.wait_for(case.flag(), began), pool.add()]
+    began.wait()
+    error.arm()
+    futures[0].cancel(kill=True)
+    return futures
+
+
+@reaches("_ProcessBackend._take_answer: _end_call")
+def a_call_is_killed_before_its_turn(case, error):
+    pool, began, go = case.made(), case.flag(), case.flag()
+    gather([pool.add() for _ in range(20)], timeout=SAFETY)         # it is quick: it gets calls ahead
+    futures = [pool.wait_for(go, began), pool.add()]
+    began.wait()
+    futures[1].cancel(kill=True)
+    case.reader_has_done_all()
+    error.arm()
+    go.set()
+    return [*futures, pool.add()]
+
+
+@reaches("_ProcessBackend.hurry: _hurry", "_ProcessBackend.kill: _terminate")
+def stopped_while_a_call_runs(case, error):
+    pool, began = case.made(), case.flag()
+    futures = [pool.wait_for(case.flag(), began), pool.add()]
+    began.wait()
+    error.arm()
+    return [*futures, in_thread(pool.stop, 0)]
+
+
+@reaches("_ProcessBackend._terminate: link.process.kill")
+def stopped_while_a_call_ignores_that(case, error):
+    pool, began = case.made(), case.flag()
+    future = pool.ignore_and_wait(began)
+    began.wait()
+    error.arm()
+    with unittest.mock.patch.object(concurry, "_GRACE", 0.01):
+        pool.stop(0)
+    error.wait()
+    return [future]
+
+
+@reaches("_ProcessBackend.finish: _hang_up", "_ProcessBackend._end: _settle of self.ended")
+def stopped(case, error):
+    pool = case.made()
+    future = pool.add()
+    error.arm()
+    return [future, in_thread(pool.shutdown)]
+
+
+@reaches("_OnDemand.rest: _rest", "_OnDemand._rest: _leave")
+def a_worker_on_demand(case, error):
+    pool = case.made(TaskWorker, on_demand=True, on_demand_linger=0)
+    error.arm()
+    futures = [pool.submit(square, 2)]
+    error.wait()
+    return [*futures, pool.submit(square, 3)]
+
+
+@reaches("_TimeKeeper.watch: _set", "_TimeKeeper._set: _ring")
+def a_call_takes_too_long(case, error):
+    pool, go = case.made(call_timeout={"wait_for": 0.01}), case.flag()
+    error.arm()
+    futures = [pool.wait_for(go), pool.add()]
+    error.wait()
+    go.set()
+    return futures
+
+
+@reaches("_Guest.wake: _look")
+def a_limit_becomes_free(case, error):
+    limits = LimitSet([ResourceLimit("slots", 1)])
+    pool = case.made(limits=limits)
+    with limits.acquire():
+        futures = [pool.use(), pool.use()]
+        until(lambda: pool._pool.backends[0].link.guests)
+        case.reader_has_done_all()
+        error.arm()
+    return futures
+
+
+@reaches("_Guest._look: _ring_alarm")
+def a_rate_allows_the_next(case, error):
+    pool = case.made(limits=[CallLimit(1, 0.01)])
+    error.arm()
+    return [pool.use() for _ in range(3)]
+
+
+@reaches("_Lane._flush: _flush")
+def a_worker_that_takes_no_more_verdicts(case, error):
+    pool = case.made(limits=[ResourceLimit("slots", 1)])
+    future = pool.use()
+    future.result(SAFETY)           # it listens
+    backend, = pool._pool.backends
+    error.arm()
+    backend.reader.post(backend.link.lane.send, 10 ** 9, False, "x" * (1 << 22))
+    error.wait()
+    return [future, pool.add()]
+
+
+def settling_a_call_raises(case):
+    """That call fails with the cause, which is logged, and its place is free."""
+    records = case.records()
+    handle = case.make(Patient, max_queued_tasks=1)
+    with PutIn(concurry, "_settle", is_of_a_call) as error:
+        error.arm()
+        case.assertIs(handle.add().exception(SAFETY), error.error)
+    case.assertIn("Traceback", records.get(timeout=SAFETY).getMessage())
+    case.check_pool(handle, restarts=0)
+
+
+def is_of_a_call(caller, future, *args):
+    return "_call" in vars(future)
+
+
+def close_coroutines(caller, *args):
+    """Nobody will await them."""
+    for arg in args:
+        if inspect.iscoroutine(arg):
+            arg.close()
+    return True
+
+
+class OwnErrorTests(ProgramCase):
+    """FAULTS 38: an error of our own fails the call or the worker it was made for, and is logged; nobody else notices."""
+
+    def made(self, cls=Reaching, **options):
+        return self.start(cls, mode="process", **{"max_workers": 1, "max_queued_tasks": None, "name": "harmed", **options})
+
+    def reader_has_done_all(self):
+        done = threading.Event()
+        concurry._readers[os.getpid()].post(done.set)
+        self.assertTrue(done.wait(SAFETY))
+
+    def put_into(self, place, other):
+        """Return the error to be put into what is handed over at a place; it does not hit the other pool."""
+        where, what = place.split(": ")
+        name = what.partition(" of ")[0].rpartition(".")[2]
+        owner = vars(concurry)["_Process" if what == "link.process.kill" else where.partition(".")[0]]
+        owner = owner if name in vars(owner) else concurry
+
+        def is_meant(caller, first, *args):
+            by_reader = type(caller.f_locals.get("self")) is concurry._Reader
+            return by_reader and getattr(first, "pool", None) is not other._pool
+        return PutIn(owner, name, is_meant)
+
+    def test_each_place_has_its_scenario(self):
+        places = {place for place in handed_to_the_reader() if not place.startswith(("_RayBackend.", "_RayWay."))}
+        self.assertEqual(places, {*REACHED_BY, *NOT_TRIED})
+        self.assertFalse(set(REACHED_BY) & set(NOT_TRIED))
+
+    def test_what_the_reader_does_for_one_pool(self):
+        with TaskWorker.options(mode="process", max_workers=2, max_queued_tasks=None).init() as other:
+            for place, scenario in REACHED_BY.items():
+                with self.subTest(place):
+                    faulthandler.dump_traceback_later(2 * SAFETY, exit=True, file=sys.__stderr__)
+                    before, reader = Belongings(), concurry._readers[os.getpid()]
+                    try:
+                        with self.put_into(place, other) as error:
+                            self.check(scenario, error, other)
+                    finally:
+                        self.doCleanups()
+                    self.assertIs(concurry._readers[os.getpid()], reader)
+                    self.assertTrue(reader.thread.is_alive())
+                    self.see_nothing_left(before)
+
+    def check(self, scenario, error, other):
+        started, go = self.flag(), self.flag()
+        held = other.submit(hold, started, go)
+        started.wait()
+        with self.log_of(level="ERROR") as logs:
+            futures = in_thread(scenario, self, error).result(SAFETY)
+            others = [other.submit(square, n) for n in range(9)]
+            gather(futures, return_exceptions=True, timeout=SAFETY)
+            error.wait()
+            until(lambda: any(record.exc_info and record.exc_info[1] is error.error for record in logs.records))
+        go.set()
+        self.assertEqual(gather([held, *others], timeout=SAFETY), ["held", *(n * n for n in range(9))])
+        with self.made(TaskWorker, name="new") as new:
+            self.assertEqual(new.submit(abs, -3).result(SAFETY), 3)
+
+    def see_nothing_left(self, before):
+        def left():
+            return [*(set(threading.enumerate()) - before.threads), *(set(descendants()) - before.processes),
+                    *(set(descriptors().items()) - set(before.descriptors.items()))]
+        with contextlib.suppress(AssertionError):
+            until(lambda: not left())
+        self.assertEqual(left(), [])
+
+    def test_a_worker_that_hears_a_verdict(self):
+        """The same in a worker process: the call that waits fails, the worker's own pool and its next calls do not."""
+        limits = LimitSet([ResourceLimit("slots", 1)])
+        pool, other = self.made(limits=limits), self.made(limits=limits, name="other")
+        pool.break_hearing().result(SAFETY)
+        self.assertRaisesRegex(RuntimeError, "put in here", pool.use().result, SAFETY)
+        futures = [pool.use(), pool.use(), pool.use_inner(), pool.use(), other.use()]
+        self.assertEqual(gather(futures, timeout=SAFETY), ["used", "used", 9, "used", "used"])
+        self.assertEqual(limits.get_stats()["slots"]["in_use"], 0)
+        logged = pool.logged().result(SAFETY)
+        self.assertRegex(logged, "(?s)Traceback.*put in here")
+        self.assertEqual(logged.count("an error of concurry's own"), 1)
+
+    def test_the_resource_tracker(self):
+        self.check_program("""
+            import concurry, multiprocessing
+            real, errors = concurry._start_tracker, [RuntimeError("put in here")]
+            def start_tracker(*args):
+                if errors: raise errors.pop()
+                real(*args)
+            concurry._start_tracker = start_tracker
+            def use_it():
+                multiprocessing.get_context("spawn").Lock()
+                return "worked"
+            with concurry.Executor("process", 1) as pool, concurry.Executor("process", 1) as other:
+                print(pool.submit(use_it).result(), other.submit(use_it).result(), errors)
+        """, "worked worked []\n", errors="Traceback(?s:.*)put in here")
+
+    def test_a_call_of_an_asyncio_worker(self):
+        for name, fn in ("_begin_call", square_async), ("_serve", square), ("_start", returns_coroutine), ("_start_wait", boom):
+            with self.subTest(name), PutIn(concurry._AsyncioBackend, name, close_coroutines) as error, \
+                    self.log_of(level="ERROR") as logs:
+                waiting = []
+
+                async def wait():
+                    waiting.append(asyncio.get_running_loop().create_future())
+                    return await waiting[0]
+
+                async def go_on():
+                    waiting[0].set_result("went on")
+                pool = self.start(TaskWorker, mode="asyncio", num_retries=1, retry_wait=1e-6)
+                held = pool.submit(wait)
+                until(lambda: waiting)
+                error.arm()
+                self.assertIs(pool.submit(fn, 3).exception(SAFETY), error.error)
+                self.assertIs(logs.records[0].exc_info[1], error.error)
+                pool.submit(go_on).result(SAFETY)
+                self.assertEqual((held.result(SAFETY), pool.submit(square, 2).result(SAFETY)), ("went on", 4))
+                self.assertEqual((pool._pool.calls, pool._pool.backends[0].calls), ({}, {}))
+
+    def test_a_call_whose_place_is_given_back(self):
+        """It is free all the same: there is one, and the next call gets it."""
+        small = {"max_workers": 1, "max_queued_tasks": 1}
+        for mode, options in (("sync", {}), ("asyncio", {}), ("thread", small), ("thread", {**small, "on_demand": True}),
+                              ("process", small), ("process", {**small, "on_demand": True})):
+            with self.subTest(mode=mode, **options):
+                pool = self.start(TaskWorker, mode=mode, **options)
+                with PutIn(concurry._Pool, "leave") as error, self.log_of(level="ERROR"):
+                    error.arm()
+                    self.assertIs(pool.submit(square, 2).exception(SAFETY), error.error)
+                self.assertEqual([each.calls for each in (pool._pool, *pool._pool.backends) if each.calls], [])
+                self.assertEqual(in_thread(pool.submit, square, 3).result(SAFETY).result(SAFETY), 9)
+
+    def test_the_last_call_before_the_end(self):
+        pool, started, go = self.start(TaskWorker, mode="thread", max_workers=2), self.flag(), self.flag()
+        held = pool.submit(hold, started, go)
+        started.wait()
+        ending = in_thread_until_it_waits(pool.shutdown)
+        with PutIn(concurry._Pool, "leave") as error, self.log_of(level="ERROR"):
+            error.arm()
+            go.set()
+            self.assertIs(held.exception(SAFETY), error.error)
+            ending.result(SAFETY)
+
+    def test_a_worker_that_is_built(self):
+        """`init` raises it; on demand, where that does not wait, the call does."""
+        def is_of_a_worker(caller, *args):
+            return caller.f_code.co_name in ("_build", "_main")
+        for mode, options in ("thread", {"on_demand": True, "max_workers": 1}), ("thread", {}), ("asyncio", {}):
+            with self.subTest(mode=mode, **options), PutIn(concurry, "_settle", is_of_a_worker) as error, \
+                    unittest.mock.patch.object(threading, "excepthook", lambda args: None):
+                faulthandler.dump_traceback_later(2 * SAFETY, exit=True, file=sys.__stderr__)
+                error.arm()
+                outcome = in_thread(lambda: self.start(TaskWorker, mode=mode, **options).submit(square, 2).result(SAFETY))
+                self.assertIs(outcome.exception(SAFETY), error.error)
+
+    def test_a_call_of_a_thread_on_demand(self):
+        pool = self.start(TaskWorker, mode="thread", max_workers=1, on_demand=True)
+        with PutIn(concurry, "_settle", is_of_a_call) as error, self.log_of(level="ERROR"):
+            error.arm()
+            self.assertIs(pool.submit(square, 2).exception(SAFETY), error.error)
+        self.assertEqual(pool.submit(square, 3).result(SAFETY), 9)
+        self.assertEqual(pool._pool.backends[0].calls, {})
 
 
 # === Faults: the table ===
@@ -12009,10 +12940,12 @@ FAULTS = [
     Fault(32, "kills and limits", PROCESS, killed_again_and_again_while_limits_are_used),
     Fault(33, "no semaphores", MODES, no_semaphores_and_no_shared_memory),
     Fault(34, "pool while importing", PROCESS, a_module_makes_a_pool_when_it_is_imported),
+    Fault(34, "pool by fork while importing", PROCESS, a_module_makes_a_pool_by_fork_when_it_is_imported),
     Fault(35, "two copies", PROCESS, two_copies_under_other_names),
     Fault(36, "callbacks and full pools", BESIDE, submitted_by_callbacks_to_full_pools),
     Fault(36, "its own full pool", ("thread", "asyncio"), submitted_by_a_call_to_its_own_full_pool),
     Fault(37, "fork", MODES, forked_by_the_user),
+    Fault(38, "settling a call raises", MODES, settling_a_call_raises),
 ]
 
 RAY = ("ray",)
@@ -12096,7 +13029,7 @@ class FaultMixin:
 
 class FaultTests(FaultMixin, ProgramCase):
     def test_each_row_has_its_faults(self):
-        self.assertEqual({fault.row for fault in FAULTS}, set(range(1, 38)))
+        self.assertEqual({fault.row for fault in FAULTS}, set(range(1, 39)))
 
 
 class RayFaultTests(FaultMixin, RayTestCase):
@@ -13006,6 +13939,47 @@ class RaceTests(CleanTestCase):
                 print(os.read(reader, 10))
         """)
         self.assertEqual(ended.stdout, "b'6'\n")
+
+
+class Disturbed:
+    """A collection that is changed in the middle of each of the first few iterations."""
+
+    left = 3
+
+    def __iter__(self):
+        elements = super().__iter__()
+        yield from itertools.islice(elements, 2)
+        if self.left:
+            self.left -= 1
+            self.change()
+        yield from elements
+
+
+class DisturbedQueue(Disturbed, collections.deque):
+    def change(self):
+        self.popleft()
+        self.append("new")
+
+
+class DisturbedSet(Disturbed, weakref.WeakSet):
+    def change(self):
+        self.kept = [Counter() for _ in range(100)]
+        self.update(self.kept)
+
+
+class SharedContainerTests(CleanTestCase):
+    def test_a_queue_that_is_changed_while_it_is_read(self):
+        changed = DisturbedQueue(range(6))
+        self.assertRaisesRegex(RuntimeError, "mutated", list, changed)
+        self.assertEqual(concurry._first_of(changed, 4), [3, 4, 5, "new"])
+        self.assertEqual(concurry._first_of(collections.deque(range(6)), 4), [0, 1, 2, 3])
+
+    def test_a_weak_set_that_is_changed_while_it_is_read(self):
+        elements = [Counter() for _ in range(4)]
+        changed = DisturbedSet(elements)
+        self.assertRaisesRegex(RuntimeError, "changed size", list, changed)
+        found = concurry._all_of(changed)
+        self.assertEqual((type(found), set(elements) - set(found), len(found)), (list, set(), len(changed)))
 
 
 def decoder_round(choose, number, damage):
