@@ -993,11 +993,14 @@ def _fail_call(call: Any, error: BaseException) -> None:
     """Fail a call because something of ours has raised while it was seen to, and log that; everybody else goes on."""
     logger.error("an error of concurry's own, in the call %s: it fails", call, exc_info=error)
     call.pool.calls.pop(call, None)
+    if call.backend is not None:
+        call.backend.calls.pop(call, None)
     try:
         _settle_unbegun(call.future, _ERROR, error)
     except BaseException:           # in the same place as before: now without giving its place back
         call.future.__dict__.pop("_call", None)
         _settle_unbegun(call.future, _ERROR, error)
+    call.pool.go_on()
 
 
 def _guard(see_to: Callable[..., object], call: Any, *args: Any) -> None:
@@ -4237,6 +4240,11 @@ class _Call:
         self.gate: threading.Lock | _RingingLock | None = None      # a lock that the thread which submits it sleeps on
         self.watch: _Watch | None = None        # while it waits for futures among its arguments
 
+    def is_ready(self) -> bool:
+        """Return whether it waits for no future among its arguments."""
+        watch = self.watch
+        return watch is None or all(future.done() for future in watch.futures)
+
     def reason(self, cause: BaseException) -> BaseException:
         """Return what the call fails with if nobody takes it any more: the cause, or what it has died of before."""
         if not self.deaths:
@@ -5338,6 +5346,16 @@ class _AsyncioBackend(_Backend):
             logger.exception("exception while the event loop of %s was closed", self.name)
 
     async def _build_on_loop(self) -> None:
+        try:
+            self._build_here()
+        except BaseException as error:      # of ours
+            logger.exception("an error of concurry's own, in the worker %s", self.name)
+            _settle(self.started, _ERROR, error)
+            self.plain.put(None)
+            self._stop()
+            self.pool.lose(self, error)
+
+    def _build_here(self) -> None:
         if not self.is_replacement:
             self.is_serving = self._build(self.loop)
             if not self.is_serving:
@@ -6671,6 +6689,10 @@ class _Process:
                 _send_signal(self, number)
             except (OSError, TypeError):        # it is gone; or was closed just now, by another thread
                 pass
+
+    def perish(self, error: BaseException) -> None:
+        """Do what failed, in a timer say, once more."""
+        self.kill()
 
     def halt(self) -> None:
         """Stop the process until it gets SIGCONT; return when it does nothing any more, where that can be seen."""
@@ -8294,17 +8316,7 @@ class _ProcessBackend(_Backend):
         finally:
             del self.turn["is"]
         link.give_back()
-        if link.limit is not None and not is_alive:
-            self.reader.cancel(link.limit)
-        pid, exitcode = link.process.pid, None if is_alive else link.process.exitcode()
-        self._unwatch(link)
-        if is_alive:
-            self.ending[link] = None
-            link.close_but_process()
-            self.reader.watch(link.process.sentinel, selectors.EVENT_READ, functools.partial(self._ended_late, link))
-        else:
-            self.exitcode = exitcode
-            link.close()
+        pid, exitcode = link.process.pid, self._leave_to_end(link) if is_alive else self._see_end(link)
         for call in begun:
             call.deaths += (self.name, pid, exitcode),
             if call not in again:
@@ -8321,6 +8333,22 @@ class _ProcessBackend(_Backend):
         elif (begun or not self.is_finishing) and not self.killed:
             self.tally.deaths += 1
         self.reader.todo.append((self._succeed, (link, pid, exitcode, bool(begun))))    # whoever waits is told first
+
+    def _see_end(self, link: _Link) -> int | None:
+        """Reap a dead process, and return its exit code."""
+        if link.limit is not None:
+            self.reader.cancel(link.limit)
+        self.exitcode = link.process.exitcode()
+        self._unwatch(link)
+        link.close()
+        return self.exitcode
+
+    def _leave_to_end(self, link: _Link) -> None:
+        """Have nothing more to do with a process that runs its exit functions, but for its end."""
+        self._unwatch(link)
+        link.close_but_process()
+        self.ending[link] = None
+        self.reader.watch(link.process.sentinel, selectors.EVENT_READ, functools.partial(self._ended_late, link))
 
     def _error_of(self, call: _Call, pid: int) -> Any:
         if self.killed:
@@ -9699,7 +9727,7 @@ class _Upstream(_Way):
         with self.lock:
             if not self.is_heard:
                 self.is_heard = True
-                reader = _reader_for(self)
+                reader = self.reader = _reader_for(self)
                 reader.post(reader.watch, self.lane, selectors.EVENT_READ, self._hear)
 
     def _hear(self, events: int) -> None:
@@ -9710,8 +9738,12 @@ class _Upstream(_Way):
             self._tell(self.tickets.pop(number, None), is_granted, answer)
 
     def perish(self, error: BaseException) -> None:
-        """Refuse everything: the reader has failed."""
+        """Refuse everything: the reader has failed, for this at least."""
         self.is_heard = False
+        try:
+            self.reader.forget(self.lane)
+        except (KeyError, ValueError):
+            pass
         self._refuse_all(f"the reader of this worker process failed: {error!r}")
 
 
@@ -10642,6 +10674,10 @@ class _Pool:
             call.watch.leave()
         if self.keeper is not None:
             self.keeper.forget(call)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Do what is due when a place is free again."""
         if self.backlog:
             self.place()
         if self.is_finishing and not self.calls:
@@ -11072,7 +11108,7 @@ def _finish_all() -> None:
     calls: Any = True
     while calls:
         calls = [call for pool in pools for call in list(pool.calls)]
-        ready = {call.future for call in calls if call.watch is None}
+        ready = {call.future for call in calls if call.is_ready()}
         if ready:
             _run(_settled_of(ready, ALL_COMPLETED), None)
         else:                           # they wait for what nobody of ours will finish

@@ -12452,7 +12452,7 @@ def a_worker_is_started(case, error):
     return [in_thread(case.made)]
 
 
-@reaches("_ProcessBackend._launch: _hear", "_ProcessBackend._hear: _hear", "_ProcessBackend._take_answer: _settle_answer")
+@reaches("_ProcessBackend._launch: _hear", "_ProcessBackend._hear: _hear", "_ProcessBackend._take_outcome: _settle_answer")
 def calls_are_answered(case, error):
     pool = case.made()
     error.arm()
@@ -12514,7 +12514,7 @@ def a_worker_is_retired_and_does_not_end(case, error):
     return [pool.linger(), pool.add()]
 
 
-@reaches("_ProcessBackend._bury: _ended_late")
+@reaches("_ProcessBackend._leave_to_end: _ended_late")
 def a_worker_ends_after_its_successor_has_begun(case, error):
     pool, flag = case.made(max_tasks_per_worker=2), case.flag()
     futures = [pool.end_when(flag), *(pool.add() for _ in range(2))]
@@ -12547,7 +12547,7 @@ def a_call_is_killed(case, error):
     return futures
 
 
-@reaches("_ProcessBackend._take_answer: _end_call")
+@reaches("_ProcessBackend._take_outcome: _end_call")
 def a_call_is_killed_before_its_turn(case, error):
     pool, began, go = case.made(), case.flag(), case.flag()
     gather([pool.add() for _ in range(20)], timeout=SAFETY)         # it is quick: it gets calls ahead
