@@ -8989,16 +8989,234 @@ class SurroundingsTests(ProgramCase):
         '''
         self.check_program(code, "True\n", *START_METHODS, flags=["-I", "-S", "-O", "-X", "utf8"])
 
-    def test_closed_standard_streams(self):
+    def test_standard_streams_that_are_closed_or_none(self):
+        """The program and its workers do without; what is closed is /dev/null in a worker, and no descriptor of ours."""
+        code = '''
+            import concurry, logging
+            logging.disable()           # of deaths: with stderr closed that would go wherever
+            os.dup2(1, 30)
+            how, numbers, *methods = sys.argv[1:]
+            for number in map(int, numbers):
+                if how == "none": setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+                else: os.close(number)
+            def look():
+                print("lost, or into the test's pipe", end="")
+                return [os.readlink(f"/proc/self/fd/{number}") for number in map(int, numbers)]
+            for method in methods:
+                with concurry.Executor("process", 1, mp_context=method) as pool:
+                    seen = set(pool.submit(look).result())
+                    if how == "closed" and seen != {"/dev/null"} and method != "fork": os.write(30, repr(seen).encode())
+                    error = pool.submit(os._exit, 3).exception()
+                    os.write(30, b"%d " % (isinstance(error, concurry.WorkerDiedError) and pool.submit(abs, -7).result()))
+        '''
+        for how in ("none", "closed"):
+            for numbers in ("0", "1", "2", "012"):
+                with self.subTest(how, numbers=numbers):
+                    program = Program(self, code, how, numbers, *START_METHODS)
+                    output, errors = program.output()
+                    self.assertEqual((output.replace("lost, or into the test's pipe", ""), program.popen.returncode),
+                                     ("7 " * len(START_METHODS), 0), errors)
+
+
+class ProcessWideTests(ProgramCase):
+    """5.4a: what a program has set for the whole of its process, or has inherited, does not reach its workers."""
+
+    def test_default_timeout_of_sockets(self):
+        """Whoever is idle, runs, or waits for a limit for longer than that, does so."""
+        self.check_program('''
+            import concurry, socket
+            socket.setdefaulttimeout(0.1)
+            folder, *methods = sys.argv[1:]
+            fifo = folder + "/fifo"
+            os.mkfifo(fifo)
+            keeper = os.open(fifo, os.O_RDWR)
+            def hold(): return os.read(os.open(fifo, os.O_RDONLY), 1)
+            class Tally(concurry.Worker):
+                count = 0
+                def add(self):
+                    self.count += 1
+                    return self.count
+                def hold(self): return hold()
+                def hold_limit(self):
+                    with self.limits.acquire(): return self.add()
+            limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
+            idle, busy, waiting = [[Tally.options(mode="process", mp_context=method, limits=limits).init()
+                                    for method in methods] for _ in range(3)]
+            assert {worker.add().result() for worker in idle + waiting} == {1}
+            with limits.acquire():
+                futures = [worker.hold() for worker in busy]
+                asking = [worker.hold_limit() for worker in waiting]
+                process = concurry.run_in_subprocess(hold)
+                here, there = socket.socketpair()
+                for _ in range(3):          # that time has passed for them too when it has passed for one of the program's
+                    try: here.recv(1)
+                    except TimeoutError: continue
+                    raise AssertionError("it has no default timeout")
+            os.write(keeper, b"x" * (len(futures) + 1))
+            assert [future.result() for future in futures] + [process.result()] == [b"x"] * (len(futures) + 1)
+            assert [future.result() for future in asking] == [2] * len(methods)
+            assert {worker.add().result() for worker in idle} == {2}
+            for method in methods:          # the fork server lives, too
+                with concurry.Executor("process", 1, mp_context=method) as pool:
+                    assert pool.submit(socket.getdefaulttimeout).result() == (0.1 if method == "fork" else None)
+            for worker in idle + busy + waiting: worker.stop()
+            print("passed")
+        ''', "passed\n", self.folder(), *START_METHODS)
+
+    def test_descriptors_that_do_not_block(self):
+        """As an event loop or ssh leaves them; the flag is of the open pipe, so that workers have it too."""
         self.check_program('''
             import concurry
-            saved = os.dup(1)
-            saved = os.dup2(saved, 30)
-            for number in (0, 1, 2): os.close(number)
+            for number in range(3): os.set_blocking(number, False)
+            class Tally(concurry.Worker):
+                count = 0
+                def add(self):
+                    self.count += 1
+                    return self.count, sys.stdin.read(), [os.get_blocking(number) for number in range(3)]
+                def exit(self): os._exit(3)
             for method in sys.argv[1:]:
-                with concurry.Executor("process", 1, mp_context=method) as pool:
-                    os.write(30, b"%d " % pool.submit(lambda: 7).result())
-        ''', "7 7 7 ", *START_METHODS)
+                with Tally.options(mode="process", mp_context=method).init() as tally:
+                    assert [tally.add().result() for _ in range(3)] == [(n, "", [True, False, False]) for n in (1, 2, 3)]
+                    assert isinstance(tally.exit().exception(), concurry.WorkerDiedError)
+                    assert tally.add().result()[0] == 1
+                assert concurry.run_in_subprocess(os.get_blocking, 1).result() is False
+            print("passed")
+        ''', "passed\n", *START_METHODS, errors="(.*exit code 3: its state is lost, a new process takes its place\n){3}")
+
+
+class IdentityTests(ProgramCase):
+    """15.1a: a worker process knows itself and its parent, where multiprocessing and logging look."""
+
+    @staticmethod
+    def look():
+        me, parent = multiprocessing.current_process(), multiprocessing.parent_process()
+        return {"name": me.name, "log": logging.makeLogRecord({}).processName, "key": bytes(me.authkey),
+                "parent": (parent.name, parent.pid, parent.is_alive()), "children": multiprocessing.active_children()}
+
+    def test_of_each_worker(self):
+        parent = multiprocessing.current_process().name, os.getpid(), True
+        me = multiprocessing.current_process()
+        self.addCleanup(setattr, me, "authkey", me.authkey)
+        for method in START_METHODS:
+            me.authkey = os.urandom(8)          # one that no worker can have inherited from the fork server
+            with self.subTest(method), Executor("process", 2, mp_context=method, name="crunch") as pool:
+                seen = gather([pool.submit(self.look) for _ in range(6)], timeout=SAFETY)
+                self.assertEqual({each["name"] for each in seen}, {"crunch-0", "crunch-1"})
+                for each in seen:
+                    self.assertEqual(each, {"name": each["name"], "log": each["name"], "key": bytes(me.authkey),
+                                            "parent": parent, "children": []})
+
+    def test_of_the_next_one(self):
+        """A worker's successor has its name, too."""
+        with Executor("process", 1, name="crunch", max_tasks_per_worker=1) as pool:
+            self.assertEqual([pool.submit(self.look).result(SAFETY)["log"] for _ in range(2)], ["crunch-0"] * 2)
+
+    def test_of_a_nested_worker(self):
+        def nest(method):
+            with Executor("process", 1, mp_context=method, name="inner") as pool:
+                return os.getpid(), pool.submit(IdentityTests.look).result()
+        for method in START_METHODS:
+            with self.subTest(method), Executor("process", 1, mp_context=method, name="crunch") as pool:
+                outer, seen = pool.submit(nest, method).result(SAFETY)
+                self.assertEqual((seen["name"], seen["log"], seen["key"], seen["parent"]),
+                                 ("inner-0", "inner-0", bytes(multiprocessing.current_process().authkey), ("crunch-0", outer, True)))
+
+    def test_of_a_function_in_a_process(self):
+        process = run_in_subprocess(self.look)
+        self.addCleanup(process.join, SAFETY)
+        seen = process.result(SAFETY)
+        self.assertEqual((seen["name"], seen["parent"][1:]), ("look-0", (os.getpid(), True)))
+
+
+class SharedMemoryTests(ProgramCase):
+    """5.4a: blocks of shared memory outlive the workers that attach or create them: all have one resource tracker."""
+
+    CODE = '''
+        import concurry, multiprocessing, select
+        from multiprocessing.shared_memory import SharedMemory
+        os.environ["MARK"] = mark = f"mark-{os.getpid()}"       # our programs are known by it
+        def trackers():
+            """Return the pids of the resource trackers that we or our workers have."""
+            found = []
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    with open(f"/proc/{pid}/environ") as environ, open(f"/proc/{pid}/cmdline") as command:
+                        if mark in environ.read() and "resource_tracker" in command.read(): found.append(int(pid))
+                except OSError: pass
+            return found
+        def until_gone(pid):
+            try: descriptor = os.pidfd_open(pid)
+            except ProcessLookupError: return
+            select.select([descriptor], [], [])
+            os.close(descriptor)
+        def attach(name):
+            block = SharedMemory(name)
+            block.buf[0] += 1
+            block.close()
+            return os.getpid()
+        def create(value):
+            block = SharedMemory(create=True, size=16)
+            block.buf[0] = value
+            block.close()
+            return os.getpid(), block.name
+        def nested(function, *args):
+            with concurry.Executor("process", 1, max_tasks_per_worker=1) as pool:
+                return pool.submit(function, *args).result()
+        def read(name):
+            block = SharedMemory(name)
+            value = block.buf[0]
+            block.close()
+            block.unlink()
+            return value
+    '''
+
+    def check(self, code, *arguments):
+        self.check_program(textwrap.dedent(self.CODE) + textwrap.dedent(code), "passed\n", *arguments)
+
+    def test_they_outlive_workers(self):
+        """Nobody unlinks them but the program, and nobody warns of leaks."""
+        for method in START_METHODS:
+            with self.subTest(method):
+                self.check('''
+                    mine = SharedMemory(create=True, size=16)
+                    with concurry.Executor("process", 1, mp_context=sys.argv[1], max_tasks_per_worker=1) as pool:
+                        pids = [pool.submit(attach, mine.name).result() for _ in range(3)]
+                        assert len(set(pids)) == 3, pids
+                        pid, theirs = pool.submit(create, 9).result()
+                        for each in pids + [pid]: until_gone(each)
+                        assert pool.submit(attach, theirs).result() != pid
+                        pids.append(pool.submit(nested, attach, mine.name).result())
+                        pid, nested_one = pool.submit(nested, create, 7).result()
+                    for each in pids + [pid]: until_gone(each)
+                    assert [read(name) for name in (mine.name, theirs, nested_one)] == [4, 10, 7]
+                    mine.close()
+                    assert not [name for name in (mine.name, theirs, nested_one) if os.path.exists(f"/dev/shm/{name}")]
+                    print("passed")
+                ''', method)
+
+    def test_one_tracker_when_it_is_used(self):
+        """The worker's is the parent's, whoever is the first to use it; where nobody does there is none."""
+        code = '''
+            method, first = sys.argv[1:]
+            with concurry.Executor("process", 2, mp_context=method) as pool:
+                assert pool.submit(abs, -1).result() == 1
+                assert trackers() == []
+                names = []
+                for who in (first, *{"worker", "parent", "nested"} - {first}):
+                    for _ in range(2):
+                        pid, name = (create(5) if who == "parent" else pool.submit(create, 5).result() if who == "worker"
+                                     else pool.submit(nested, create, 5).result())
+                        names.append(name)
+                    while not trackers(): pass      # it is started beside
+                    only, = trackers()
+            assert trackers() == [only]
+            assert [read(name) for name in names] == [5] * 6
+            assert trackers() == [only]
+            print("passed")
+        '''
+        for method, first in zip(START_METHODS, ("worker", "nested", "parent")):
+            with self.subTest(method, first=first):
+                self.check(code, method, first)
 
 
 class MultiprocessingObjectTests(ProgramCase):
