@@ -9084,6 +9084,113 @@ class ProcessWideTests(ProgramCase):
         ''', "passed\n", *START_METHODS, errors="(.*exit code 3: its state is lost, a new process takes its place\n){3}")
 
 
+class GreenThreadTests(ProgramCase):
+    """5.4a: programs that gevent or eventlet has patched."""
+
+    PATCHES = {"gevent": "from gevent import monkey; monkey.patch_all()", "eventlet": "import eventlet; eventlet.monkey_patch()"}
+
+    def check(self, package, code, expected, *arguments, errors=""):
+        if not importlib.util.find_spec(package):       # it is for the program alone
+            self.need(package)
+        self.check_program(f"{self.PATCHES[package]}\n{textwrap.dedent(code)}", expected, *arguments, errors=errors,
+                           flags=["-W", "ignore"])        # eventlet says that it is deprecated
+
+    def check_threads(self, package):
+        self.check(package, '''
+            import concurry, queue, threading
+            class Tally(concurry.Worker):
+                count = 0
+                def add(self):
+                    self.count += 1
+                    return self.count
+                async def add_async(self): return self.add()
+                def get(self, items): return items.get()
+                def fail(self): raise LookupError("missing")
+            items = queue.Queue()
+            with Tally.options(mode="thread").init() as tally:
+                got = tally.get(items)
+                added = tally.add()
+                assert concurry.wait([got, added], timeout=0.01).not_done == {got, added}
+                items.put("item")
+                assert (got.result(), added.result(), tally.add_async().result()) == ("item", 1, 2)
+                assert isinstance(tally.fail().exception(), LookupError)
+            limits = concurry.LimitSet([concurry.ResourceLimit("slots", 2)])
+            def use(n, limits):
+                with limits.acquire(): return n
+            with concurry.Executor("thread", 4, limits=limits) as pool: print(sum(pool.map(use, range(50))))
+            left = Tally.options(mode="thread").init()      # the program ends with this one as it is
+            got = left.get(items)
+            threading.Timer(0, items.put, ["late"]).start()     # it runs while we wait
+            assert got.result() == "late"
+            try: concurry.Executor("asyncio")
+            except RuntimeError as error: print(error)
+            try: Tally.options(mode="asyncio").init()
+            except RuntimeError as error: print("again" if "threads" in str(error) else error)
+        ''', f"1225\nmode 'asyncio' needs threads, and {package} has replaced them in this program: choose mode 'thread' or "
+            "'process'\nagain\n")
+
+    def check_processes(self, package, methods):
+        for method in methods:
+            with self.subTest(method):
+                self.check(package, '''
+                    import concurry, threading
+                    folder, method = sys.argv[1:]
+                    fifo = folder + "/fifo"
+                    os.mkfifo(fifo)
+                    keeper = os.open(fifo, os.O_RDWR)
+                    class Tally(concurry.Worker):
+                        count = 0
+                        def add(self):
+                            self.count += 1
+                            return self.count
+                        async def add_async(self): return self.add()
+                        def hold(self): return os.read(os.open(fifo, os.O_RDONLY), 1)
+                        def exit(self): os._exit(3)
+                        def kill(self): os.kill(os.getpid(), 9)
+                    tally = Tally.options(mode="process", mp_context=method, call_timeout={"hold": 20}).init()
+                    assert ([tally.add().result() for _ in range(3)], tally.add_async().result()) == ([1, 2, 3], 4)
+                    held, added = tally.hold(), tally.add()
+                    assert concurry.wait([held, added], timeout=0.01).not_done == {held, added}
+                    threading.Thread(target=os.write, args=(keeper, b"x")).start()      # it runs while we wait
+                    assert (held.result(), added.result()) == (b"x", 5)
+                    for call in (tally.exit, tally.kill):
+                        assert isinstance(call().exception(), concurry.WorkerDiedError)
+                        assert tally.add().result() == 1
+                    limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
+                    def use(n, limits):
+                        with limits.acquire(): return n
+                    with concurry.Executor("process", 2, mp_context=method, limits=limits) as pool:
+                        print(sum(pool.map(use, range(50))))
+                    held, dropped = tally.hold(), tally.add()
+                    while not held.running(): concurry.wait([held], timeout=0.01)
+                    tally.stop(0)
+                    print(type(held.exception()).__name__, dropped.cancelled())
+                    left = Tally.options(mode="process", mp_context=method).init()
+                    left.add()              # the program ends with this one as it is
+                ''', "1225\nWorkerDiedError True\n", self.folder(), method,
+                    errors="^(.*its state is lost, a new process takes its place\n){2}Tally was stopped: .* cancelled\n$")
+
+    def test_gevent_and_threads(self):
+        self.check_threads("gevent")
+
+    def test_gevent_and_processes(self):
+        self.check_processes("gevent", START_METHODS)
+
+    def test_eventlet_and_threads(self):
+        self.check_threads("eventlet")
+
+    def test_eventlet_and_processes(self):
+        self.check_processes("eventlet", ("forkserver", "spawn"))
+
+    def test_eventlet_and_fork(self):
+        self.check("eventlet", '''
+            import concurry
+            try: concurry.Executor("process", 1, mp_context="fork")
+            except RuntimeError as error: print(error)
+        ''', "mp_context='fork' is not possible in a program that eventlet has patched, whose other green threads would go on in "
+            "the worker: choose 'forkserver' or 'spawn'\n")
+
+
 class IdentityTests(ProgramCase):
     """15.1a: a worker process knows itself and its parent, where multiprocessing and logging look."""
 
@@ -9493,11 +9600,17 @@ class KeepsIt(Worker):
         self.it.send(what)
 
 
-class LaunchTests(CleanTestCase):
+class LaunchTests(ProgramCase):
     def test_no_interpreter(self):
         self.addCleanup(setattr, sys, "executable", sys.executable)
         concurry._close_server()
-        for executable in ("/no/such", "/bin/false", "", None, "/no/such/python3"):
+        folder = self.folder()
+        app, plain = os.path.join(folder, "app"), os.path.join(folder, "python3")
+        for path in (app, plain):
+            with open(path, "w") as file:
+                file.write(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
+        os.chmod(app, 0o755)
+        for executable in ("/no/such", "/bin/false", "", None, "/no/such/python3", app, plain):
             sys.executable = executable
             for method in ("forkserver", "spawn"):
                 with self.subTest(method, executable=executable):
@@ -9505,6 +9618,37 @@ class LaunchTests(CleanTestCase):
                         Patient.options(mode="process", mp_context=method).init()
             with self.start(Patient, mode="process", mp_context="fork") as worker:
                 self.assertEqual(worker.add(1).result(SAFETY), 1)
+
+    def test_frozen_program(self):
+        """It is its own `sys.executable`: nothing starts it again, whose workers would start it again."""
+        folder = self.folder()
+        app, script = os.path.join(folder, "app"), os.path.join(folder, "script.py")
+        with open(app, "w") as file:
+            file.write(f"#!/bin/sh\nexec {sys.executable} {script} \"$@\"\n")
+        os.chmod(app, 0o755)
+        with open(script, "w") as file:
+            file.write(HEAD + textwrap.dedent('''
+                here = os.path.dirname(os.path.abspath(__file__))
+                with open(here + "/runs", "a+") as runs:
+                    runs.write("run")
+                    if runs.tell() > 9: sys.exit("a chain of copies of the program, broken off here")
+                sys.frozen, sys.executable = True, here + "/app"
+                import concurry
+                class Tally(concurry.Worker):
+                    def double(self, n): return 2 * n
+                for method in ("forkserver", "spawn", "fork"):
+                    try:
+                        with concurry.Executor("process", 2, mp_context=method) as pool: print(*pool.map(abs, [-1, -2]))
+                        tally = Tally.options(mode="process", mp_context=method).init()
+                        print(tally.double(3).result())
+                    except RuntimeError as error: print(error)
+                try: concurry.run_in_subprocess(abs, -1).result()
+                except RuntimeError as error: print(error)
+            '''))
+        error = ("worker processes are started by a Python interpreter, and there is none: this program is frozen (sys.frozen); "
+                 "choose mp_context='fork', which needs none\n")
+        self.check_program("", f"{error}{error}1 2\n6\n{error}", command=[app])
+        self.assertEqual(open_and_read(os.path.join(folder, "runs")), "run")
 
     def test_fork_server_killed(self):
         """Its workers live on; a new one is made for what comes."""
