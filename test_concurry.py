@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import atexit
 import builtins
 import collections
 import concurrent.futures
@@ -146,6 +147,15 @@ def until_gone(pid):
         return True
     try:
         return bool(select.select([descriptor], [], [], SAFETY)[0])
+    finally:
+        os.close(descriptor)
+
+
+def lives(pid):
+    """Return whether a process, child or not, has not ended."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        return not select.select([descriptor], [], [], 0)[0]
     finally:
         os.close(descriptor)
 
@@ -9570,6 +9580,51 @@ class Patient(Worker):
         return "cleaned up"
 
 
+STARTED = []                    # in a worker: what it must not warn of when it is collected
+
+
+class Starter(Patient):
+    """A worker whose calls leave behind what does not end by itself."""
+
+    def program(self, path, began, then="return", **options):
+        """Start a program and write down its pid; then wait for it, end, or return."""
+        program = subprocess.Popen(["sleep", "1000"], **options)
+        STARTED.append(program)
+        with open(path, "a") as file:
+            file.write(f"{program.pid} ")
+        began.set()
+        if then == "wait":
+            program.wait()
+        elif then == "exit":
+            os._exit(3)
+        elif then == "kill":
+            os.kill(os.getpid(), 9)
+        return os.getpid()
+
+    def children(self, kind):
+        """Leave children of multiprocessing behind, which it would wait for; return the pids of all."""
+        concurry._END_TIMEOUT = 0.1             # for those that do not end by themselves
+        warnings.simplefilter("ignore", DeprecationWarning)         # of fork() beside threads
+        context = multiprocessing.get_context("fork")
+        if kind == "idle":
+            pool = context.Pool(2)
+            STARTED.append(pool)
+            return [os.getpid(), *pool.map(own_pid, range(2))]
+        process = context.Process(target=signal.pause)
+        process.start()
+        return [os.getpid(), process.pid]
+
+    def at_exit(self, what, *args, limit=0.1):
+        """Leave an exit function behind; have it end after the limit."""
+        concurry._END_TIMEOUT = limit
+        atexit.register(what, *args)
+        return [os.getpid()]
+
+
+def own_pid(_):
+    return os.getpid()
+
+
 class Fragile(Worker):
     """A worker that cannot be built, at first or when it is built again."""
 
@@ -9662,6 +9717,183 @@ class LaunchTests(ProgramCase):
         with self.log_of():
             self.assertIs(type(first.exit(3).exception(SAFETY)), WorkerDiedError)
             self.assertEqual(first.add(1).result(SAFETY), 1)
+
+
+class ProcessGroupTests(ProgramCase):
+    """15.6: what a worker's calls start belongs to its group; see row 40 of the table of faults for its end."""
+
+    def test_a_worker_leads_a_group(self):
+        def look():
+            cat = subprocess.run(["cat"], stdout=subprocess.PIPE)           # its standard input is the worker's
+            group = subprocess.run([sys.executable, "-c", "import os; print(os.getpgid(0))"], stdout=subprocess.PIPE)
+            return os.getpid(), os.getpgid(0), int(group.stdout), os.getsid(0), cat.stdout
+        for method in START_METHODS:
+            with self.subTest(method), Executor("process", 2, mp_context=method) as pool:
+                for pid, *others in gather([pool.submit(look) for _ in range(2)], timeout=SAFETY):
+                    self.assertEqual(others, [pid, pid, os.getsid(0), b""])
+
+    def test_one_with_a_session_of_its_own_lives_on(self):
+        """Whatever ends its worker."""
+        path, began = os.path.join(self.folder(), "pids"), self.flag()
+        for method in START_METHODS:
+            worker = self.start(Starter, mode="process", mp_context=method, max_tasks_per_worker=2)
+            recycled = [worker.program(path, began, start_new_session=True).result(SAFETY) for _ in range(2)]
+            with self.log_of():
+                worker.program(path, began, "exit", start_new_session=True).exception(SAFETY)
+                waits = self.flag()
+                call = worker.program(path, waits, "wait", start_new_session=True)
+                waits.wait()
+                self.assertTrue(call.cancel(kill=True))
+                worker.stop()
+            check_gone(self, recycled)
+        pids = list(map(int, open_and_read(path).split()))
+        self.assertEqual(len(pids), 4 * len(START_METHODS))
+        for pid in pids:
+            self.assertTrue(lives(pid))
+            os.kill(pid, signal.SIGKILL)
+            self.assertTrue(until_gone(pid))
+
+    def test_of_a_function_in_a_process(self):
+        """Its programs end with it, too."""
+        def start(path):
+            program = subprocess.Popen(["sleep", "1000"])
+            with open(path, "w") as file:
+                file.write(str(program.pid))
+        path = os.path.join(self.folder(), "pid")
+        process = run_in_subprocess(start, path)
+        process.join(SAFETY)
+        self.assertTrue(until_gone(int(open_and_read(path))))
+        self.assertEqual(process.exitcode, 0)
+
+
+class ExitFunctionTests(ProgramCase):
+    """15.6: exit functions of a worker process have some seconds; nobody waits longer for them, and a successor not at all."""
+
+    def dump(self, worker):
+        file = io.StringIO()
+        worker.dump(file)
+        return file.getvalue()
+
+    def test_one_that_never_returns(self):
+        """Leaving `with` does."""
+        for method in START_METHODS:
+            began, never = self.flag(), self.flag()
+            with self.subTest(method):
+                with Starter.options(mode="process", mp_context=method).init() as worker:
+                    pid, = worker.at_exit(hold, began, never).result(SAFETY)
+                self.assertTrue(until_gone(pid))
+                began.wait()
+
+    def test_one_that_holds_up_the_whole_process(self):
+        """Then it is the parent that ends it."""
+        for what, *args in ((signal.raise_signal, signal.SIGSTOP), (exec, HOLD_GIL, {})):
+            with self.subTest(what), unittest.mock.patch.object(concurry, "_END_TIMEOUT", -0.9):
+                with Starter.options(mode="process").init() as worker:
+                    pid, = worker.at_exit(what, *args, limit=5).result(SAFETY)
+                self.assertTrue(until_gone(pid))
+
+    def test_a_successor_does_not_wait(self):
+        """It serves the next call while the exit functions still run, which `dump` tells."""
+        for method in START_METHODS:
+            began, go = self.flag(), self.flag()
+            with self.subTest(method), Starter.options(mode="process", mp_context=method, max_tasks_per_worker=1).init() as worker:
+                pid, = worker.at_exit(hold, began, go, limit=SAFETY).result(SAFETY)
+                began.wait()
+                other = worker.pid().result(SAFETY)
+                self.assertNotEqual(other, pid)
+                self.assertIn(f"Starter-0 (pid {pid}): ending\n", self.dump(worker))
+                self.assertTrue(lives(pid))
+                go.set()
+                self.assertTrue(until_gone(pid))
+                until(lambda: f"(pid {pid})" not in self.dump(worker))
+
+    def test_a_smaller_pool(self):
+        """`resize` does not wait for the worker that it ends, either."""
+        flags = [(self.flag(), self.flag()) for _ in range(2)]
+        pool = self.start(Starter, mode="process", max_workers=2)
+        pids = [pool.at_exit(hold, *each, limit=SAFETY).result(SAFETY)[0] for each in flags]
+        self.assertEqual(len(set(pids)), 2)
+        pool.resize(1)
+        until(lambda: any(began.is_set() for began, _ in flags))
+        first = 0 if flags[0][0].is_set() else 1
+        until(lambda: re.search(rf"(?m)^Starter-\d \(pid {pids[first]}\): ending$", self.dump(pool)))
+        self.assertEqual(pool.pid().result(SAFETY), pids[1 - first])
+        for _, go in flags:
+            go.set()
+        self.assertTrue(until_gone(pids[first]))
+
+    def test_while_with_is_left(self):
+        began, go = self.flag(), self.flag()
+        worker = self.start(Starter, mode="process")
+        pid, = worker.at_exit(hold, began, go, limit=SAFETY).result(SAFETY)
+        left = in_thread(worker.shutdown)
+        began.wait()
+        until(lambda: self.dump(worker) == f"Starter-0 (pid {pid}): ending\n")
+        self.assertFalse(left.done())
+        go.set()
+        left.result(SAFETY)
+        self.assertTrue(until_gone(pid))
+
+    def test_stop_kills_it(self):
+        """When its time is over, which may be at once."""
+        for options in ({}, {"max_tasks_per_worker": 1}):
+            began, never = self.flag(), self.flag()
+            worker = self.start(Starter, mode="process", **options)
+            pid, = worker.at_exit(hold, began, never, limit=1000).result(SAFETY)
+            if options:
+                began.wait()
+            worker.stop(0)
+            self.assertTrue(until_gone(pid))
+
+    # What a call of joblib's, or scikit-learn's, leaves in its worker.
+    INSIDE = '''
+        import concurry
+        def group():
+            """Return the pids of this process and of what it has started."""
+            found = []
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+                try: found += [pid] * (os.getpgid(pid) == os.getpid())
+                except OSError: pass
+            return found
+        with concurry.Executor("process", 1) as pool:
+            result, pids = pool.submit(inner).result()
+            assert len(pids) > 2, pids              # the workers of loky's, which are idle
+            print(*pids)
+        assert pool.shutdown() is None
+        print(result)
+    '''
+
+    def check_inside(self, code, expected):
+        program = Program(self, textwrap.dedent(code) + textwrap.dedent(self.INSIDE), flags=["-W", "ignore"])
+        pids = program.numbers()
+        output, errors = program.output()       # there may be words of loky's before
+        self.assertEqual((output.splitlines()[-1:], program.popen.returncode), ([expected], 0), errors)
+        check_gone(self, pids)
+
+    def test_joblib_in_a_call(self):
+        self.need("joblib")
+        self.check_inside('''
+            def inner():
+                import joblib
+                concurry._END_TIMEOUT = 0.5
+                return sum(joblib.Parallel(n_jobs=2)(joblib.delayed(abs)(n) for n in range(-10, 0))), group()
+        ''', "55")
+
+    def test_scikit_learn_in_a_call(self):
+        sklearn = self.need("sklearn")
+        from sklearn.datasets import make_classification
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import cross_val_score
+        data = make_classification(60, random_state=0)
+        self.check_inside('''
+            def inner():
+                from sklearn.datasets import make_classification
+                from sklearn.linear_model import LogisticRegression
+                from sklearn.model_selection import cross_val_score
+                concurry._END_TIMEOUT = 0.5
+                data = make_classification(60, random_state=0)
+                return cross_val_score(LogisticRegression(), *data, cv=3, n_jobs=2).tolist(), group()
+        ''', str(cross_val_score(LogisticRegression(), *data, cv=3).tolist()))
 
 
 class ArgumentTests(CleanTestCase):
@@ -11198,6 +11430,111 @@ forked_by_the_user = a_program('''
 ''')
 
 
+the_default_timeout_of_sockets_is_short = a_program('''
+    import concurry, logging, socket
+    socket.setdefaulttimeout(0.0)
+    class Tally(concurry.Worker):
+        count = 0
+        def add(self, n=1):
+            self.count += n
+            return self.count
+        def size(self, data): return len(data)
+        def exit(self): os._exit(3)
+    handle = Tally.options(mode=mode, mp_context=method, max_workers=size, max_queued_tasks=None).init()
+    for _ in range(3): assert {handle.add(0).result() for _ in range(size)} == {0}      # one at a time: they are idle between
+    assert {future.result() for future in [handle.add(0) for _ in range(200)]} == {0}
+    assert handle.size(b"x" * (1 << 22)).result() == 1 << 22        # it takes more than one step to send
+    logging.disable()           # of deaths
+    assert {type(handle.exit().exception()) for _ in range(size)} == {concurry.WorkerDiedError}
+    assert {handle.add(0).result() for _ in range(3 * size)} == {0}
+    handle.stop()
+    print("passed")
+''')
+
+
+# What calls leave behind
+
+def programs_end(then, end, **options):
+    """Return the fault of workers that end, after or while a call has started a program: it is gone, too.
+
+    `then` is what the call does after that, `end(handle, calls)` ends the workers.
+    """
+    def happens(case):
+        case.records()
+        handle = case.make(Starter, **options)
+        path, began = os.path.join(case.folder(), "pids"), [case.flag() for _ in range(case.size)]
+        calls = [handle.program(path, each, then) for each in began]
+        for each in began:
+            each.wait()
+        pids = [int(word) for word in open_and_read(path).split()]
+        case.assertEqual(len(pids), case.size)
+        end(handle, calls)
+        check_gone(case, pids)
+        for call in calls:
+            case.assertEqual(call.cancelled() or call.exception(SAFETY) is not None, then != "return")
+    return happens
+
+
+def their_time_is_over(handle, calls):
+    """As if `call_timeout` were over, however slow the machine is."""
+    pool = handle._pool
+    for call in list(pool.calls):
+        call.backend.reader.post(pool.keeper._ring, call, 3600.0)
+    for future in calls:
+        assert isinstance(future.exception(SAFETY), CallTimeoutError), future
+
+
+def killed_when_idle(handle, calls):
+    for pid in gather(calls, timeout=SAFETY):
+        os.kill(pid, signal.SIGKILL)
+
+
+def the_parent_of_programs_dies(number, job):
+    def happens(case):
+        program = Program(case, '''
+            import concurry, subprocess
+            mode, size, method, job = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+            class Starts(concurry.Worker):
+                def start(self):
+                    self.program = subprocess.Popen(["sleep", "1000"])
+                    return os.getpid(), self.program.pid
+                def run(self, code): exec(code)
+            handle = Starts.options(mode=mode, mp_context=method, max_workers=size).init()
+            pids = [pid for _ in range(size) for pid in handle.start().result()]
+            calls = [handle.run(job) for _ in range(size)]
+            print(*pids, flush=True)
+            sys.stdin.readline()
+        ''', case.mode, str(case.size), case.method, job)
+        pids = program.numbers()
+        if job == HOLD_GIL:
+            for pid in pids[::2]:
+                wait_until_asleep(pid)
+        program.popen.send_signal(number)
+        case.assertEqual(program.popen.wait(SAFETY), -number)
+        check_gone(case, pids)
+    return happens
+
+
+def left_behind(leave):
+    """Return the fault of calls that leave behind what does not end: it ends with their worker, for which nobody waits long.
+
+    `leave(handle)` submits one, whose result are the pids.
+    """
+    def happens(case):
+        for end in ("shutdown", "resize", "recycling"):
+            handle = case.make(Starter, **({"max_tasks_per_worker": 1} if end == "recycling" else {}))
+            pids = gather([leave(handle) for _ in range(case.size)], timeout=SAFETY)
+            case.assertEqual(len({group[0] for group in pids}), case.size)
+            if end == "resize":
+                handle.resize(1)
+            elif end == "recycling":
+                others = gather([handle.pid() for _ in range(case.size)], timeout=SAFETY)
+                case.assertFalse({*others} & {*sum(pids, [])})
+            handle.shutdown()
+            check_gone(case, sum(pids, []))
+    return happens
+
+
 # === Faults: the table ===
 
 class Fault(typing.NamedTuple):
@@ -11319,6 +11656,21 @@ FAULTS = [
     Fault(36, "callbacks and full pools", BESIDE, submitted_by_callbacks_to_full_pools),
     Fault(36, "its own full pool", ("thread", "asyncio"), submitted_by_a_call_to_its_own_full_pool),
     Fault(37, "fork", MODES, forked_by_the_user),
+    Fault(40, "program, shutdown", PROCESS, programs_end("return", lambda h, calls: h.shutdown())),
+    Fault(40, "program, recycling", PROCESS, programs_end("return", lambda h, calls: None, max_tasks_per_worker=1)),
+    Fault(40, "program, call_timeout", PROCESS, programs_end("wait", their_time_is_over, call_timeout=3600)),
+    Fault(40, "program, cancel", PROCESS, programs_end("wait", lambda h, calls: [call.cancel(kill=True) for call in calls])),
+    Fault(40, "program, stop", PROCESS, programs_end("wait", lambda h, calls: h.stop(0))),
+    Fault(40, "program, os._exit", PROCESS, programs_end("exit", lambda h, calls: None)),
+    Fault(40, "program, kill -9", PROCESS, programs_end("kill", lambda h, calls: None)),
+    Fault(40, "program, idle", PROCESS, programs_end("return", killed_when_idle)),
+    Fault(40, "program, KILL to the parent", PROCESS, the_parent_of_programs_dies(signal.SIGKILL, "import time; time.sleep(60)")),
+    Fault(40, "program, KILL to the parent, in C", PROCESS, the_parent_of_programs_dies(signal.SIGKILL, HOLD_GIL)),
+    Fault(40, "program, TERM to the parent", PROCESS, the_parent_of_programs_dies(signal.SIGTERM, "")),
+    Fault(41, "default timeout", PROCESS, the_default_timeout_of_sockets_is_short),
+    Fault(43, "exit function", PROCESS, left_behind(lambda h: h.at_exit(signal.pause))),
+    Fault(43, "children, idle", PROCESS, left_behind(lambda h: h.children("idle"))),
+    Fault(43, "children, busy", PROCESS, left_behind(lambda h: h.children("busy"))),
 ]
 
 RAY = ("ray",)
@@ -11402,7 +11754,7 @@ class FaultMixin:
 
 class FaultTests(FaultMixin, ProgramCase):
     def test_each_row_has_its_faults(self):
-        self.assertEqual({fault.row for fault in FAULTS}, set(range(1, 38)))
+        self.assertEqual({fault.row for fault in FAULTS}, {*range(1, 38), 40, 41, 43})
 
 
 class RayFaultTests(FaultMixin, RayTestCase):
