@@ -6462,6 +6462,11 @@ class ProgramCase(CleanTestCase):
             with open(os.path.join(folder, name + ".py"), "w") as file:
                 file.write(textwrap.dedent(text))
 
+    def need_in_program(self, name):
+        """Skip without an optional package, which only the program is to import."""
+        if not importlib.util.find_spec(name):
+            self.need(name)
+
     def run_script(self, body, *, method="forkserver", head="", **options):
         """Run code as a `__main__`; `call(f, *args)` calls f in its worker."""
         code = textwrap.dedent(CALL).format(method=method) + textwrap.dedent(body) + "\nhandle.stop()\nprint('passed')\n"
@@ -9100,8 +9105,7 @@ class GreenThreadTests(ProgramCase):
     PATCHES = {"gevent": "from gevent import monkey; monkey.patch_all()", "eventlet": "import eventlet; eventlet.monkey_patch()"}
 
     def check(self, package, code, expected, *arguments, errors=""):
-        if not importlib.util.find_spec(package):       # it is for the program alone
-            self.need(package)
+        self.need_in_program(package)
         self.check_program(f"{self.PATCHES[package]}\n{textwrap.dedent(code)}", expected, *arguments, errors=errors,
                            flags=["-W", "ignore"])        # eventlet says that it is deprecated
 
@@ -9855,45 +9859,41 @@ class ExitFunctionTests(ProgramCase):
                 try: found += [pid] * (os.getpgid(pid) == os.getpid())
                 except OSError: pass
             return found
+        def work():
+            concurry._END_TIMEOUT = 0.5
+            return inner(2), group()
         with concurry.Executor("process", 1) as pool:
-            result, pids = pool.submit(inner).result()
+            result, pids = pool.submit(work).result()
             assert len(pids) > 2, pids              # the workers of loky's, which are idle
             print(*pids)
-        assert pool.shutdown() is None
-        print(result)
+        assert result == inner(1), result
+        print("passed")
     '''
 
-    def check_inside(self, code, expected):
+    def check_inside(self, package, code):
+        self.need_in_program(package)
         program = Program(self, textwrap.dedent(code) + textwrap.dedent(self.INSIDE), flags=["-W", "ignore"])
         pids = program.numbers()
         output, errors = program.output()       # there may be words of loky's before
-        self.assertEqual((output.splitlines()[-1:], program.popen.returncode), ([expected], 0), errors)
+        self.assertEqual((output.splitlines()[-1:], program.popen.returncode), (["passed"], 0), errors)
         check_gone(self, pids)
 
     def test_joblib_in_a_call(self):
-        self.need("joblib")
-        self.check_inside('''
-            def inner():
-                import joblib
-                concurry._END_TIMEOUT = 0.5
-                return sum(joblib.Parallel(n_jobs=2)(joblib.delayed(abs)(n) for n in range(-10, 0))), group()
-        ''', "55")
+        self.check_inside("joblib", '''
+            def inner(n_jobs):
+                from joblib import Parallel, delayed
+                return sum(Parallel(n_jobs)(delayed(abs)(n) for n in range(-10, 0)))
+        ''')
 
     def test_scikit_learn_in_a_call(self):
-        sklearn = self.need("sklearn")
-        from sklearn.datasets import make_classification
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import cross_val_score
-        data = make_classification(60, random_state=0)
-        self.check_inside('''
-            def inner():
+        self.check_inside("sklearn", '''
+            def inner(n_jobs):
                 from sklearn.datasets import make_classification
                 from sklearn.linear_model import LogisticRegression
                 from sklearn.model_selection import cross_val_score
-                concurry._END_TIMEOUT = 0.5
                 data = make_classification(60, random_state=0)
-                return cross_val_score(LogisticRegression(), *data, cv=3, n_jobs=2).tolist(), group()
-        ''', str(cross_val_score(LogisticRegression(), *data, cv=3).tolist()))
+                return cross_val_score(LogisticRegression(), *data, cv=3, n_jobs=n_jobs).tolist()
+        ''')
 
 
 class ArgumentTests(CleanTestCase):
