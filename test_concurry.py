@@ -153,6 +153,15 @@ def until_gone(pid):
         os.close(descriptor)
 
 
+def lives(pid):
+    """Return whether a process, child or not, has not ended."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        return not select.select([descriptor], [], [], 0)[0]
+    finally:
+        os.close(descriptor)
+
+
 def run_script(code, *args, flags=(), stdin=None, check=True, **environment):
     """Run Python code in a fresh interpreter, from a file; return the CompletedProcess (text)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -7352,6 +7361,11 @@ class ProgramCase(CleanTestCase):
             with open(os.path.join(folder, name + ".py"), "w") as file:
                 file.write(textwrap.dedent(text))
 
+    def need_in_program(self, name):
+        """Skip without an optional package, which only the program is to import."""
+        if not importlib.util.find_spec(name):
+            self.need(name)
+
     def run_script(self, body, *, method="forkserver", head="", **options):
         """Run code as a `__main__`; `call(f, *args)` calls f in its worker."""
         code = textwrap.dedent(CALL).format(method=method) + textwrap.dedent(body) + "\nhandle.stop()\nprint('passed')\n"
@@ -10150,16 +10164,340 @@ class SurroundingsTests(ProgramCase):
         '''
         self.check_program(code, "True\n", *START_METHODS, flags=["-I", "-S", "-O", "-X", "utf8"])
 
-    def test_closed_standard_streams(self):
+    def test_standard_streams_that_are_closed_or_none(self):
+        """The program and its workers do without; what is closed is /dev/null in a worker, and no descriptor of ours."""
+        code = '''
+            import concurry, logging
+            logging.disable()           # of deaths: with stderr closed that would go wherever
+            os.dup2(1, 30)
+            how, numbers, *methods = sys.argv[1:]
+            for number in map(int, numbers):
+                if how == "none": setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+                else: os.close(number)
+            def look():
+                print("lost, or into the test's pipe", end="")
+                return [os.readlink(f"/proc/self/fd/{number}") for number in map(int, numbers)]
+            for method in methods:
+                with concurry.Executor("process", 1, mp_context=method) as pool:
+                    seen = set(pool.submit(look).result())
+                    if how == "closed" and seen != {"/dev/null"} and method != "fork": os.write(30, repr(seen).encode())
+                    error = pool.submit(os._exit, 3).exception()
+                    os.write(30, b"%d " % (isinstance(error, concurry.WorkerDiedError) and pool.submit(abs, -7).result()))
+        '''
+        for how in ("none", "closed"):
+            for numbers in ("0", "1", "2", "012"):
+                with self.subTest(how, numbers=numbers):
+                    program = Program(self, code, how, numbers, *START_METHODS)
+                    output, errors = program.output()
+                    self.assertEqual((output.replace("lost, or into the test's pipe", ""), program.popen.returncode),
+                                     ("7 " * len(START_METHODS), 0), errors)
+
+
+class ProcessWideTests(ProgramCase):
+    """5.4a: what a program has set for the whole of its process, or has inherited, does not reach its workers."""
+
+    def test_default_timeout_of_sockets(self):
+        """Whoever is idle, runs, or waits for a limit for longer than that, does so."""
+        self.check_program('''
+            import concurry, socket
+            socket.setdefaulttimeout(0.1)
+            folder, *methods = sys.argv[1:]
+            fifo = folder + "/fifo"
+            os.mkfifo(fifo)
+            keeper = os.open(fifo, os.O_RDWR)
+            def hold(): return os.read(os.open(fifo, os.O_RDONLY), 1)
+            class Tally(concurry.Worker):
+                count = 0
+                def add(self):
+                    self.count += 1
+                    return self.count
+                def hold(self): return hold()
+                def hold_limit(self):
+                    with self.limits.acquire(): return self.add()
+            limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
+            idle, busy, waiting = [[Tally.options(mode="process", mp_context=method, limits=limits).init()
+                                    for method in methods] for _ in range(3)]
+            assert {worker.add().result() for worker in idle + waiting} == {1}
+            with limits.acquire():
+                futures = [worker.hold() for worker in busy]
+                asking = [worker.hold_limit() for worker in waiting]
+                process = concurry.run_in_subprocess(hold)
+                here, there = socket.socketpair()
+                for _ in range(3):          # that time has passed for them too when it has passed for one of the program's
+                    try: here.recv(1)
+                    except TimeoutError: continue
+                    raise AssertionError("it has no default timeout")
+            os.write(keeper, b"x" * (len(futures) + 1))
+            assert [future.result() for future in futures] + [process.result()] == [b"x"] * (len(futures) + 1)
+            assert [future.result() for future in asking] == [2] * len(methods)
+            assert {worker.add().result() for worker in idle} == {2}
+            for method in methods:          # the fork server lives, too
+                with concurry.Executor("process", 1, mp_context=method) as pool:
+                    assert pool.submit(socket.getdefaulttimeout).result() == (0.1 if method == "fork" else None)
+            for worker in idle + busy + waiting: worker.stop()
+            print("passed")
+        ''', "passed\n", self.folder(), *START_METHODS)
+
+    def test_descriptors_that_do_not_block(self):
+        """As an event loop or ssh leaves them; the flag is of the open pipe, so that workers have it too."""
         self.check_program('''
             import concurry
-            saved = os.dup(1)
-            saved = os.dup2(saved, 30)
-            for number in (0, 1, 2): os.close(number)
+            for number in range(3): os.set_blocking(number, False)
+            class Tally(concurry.Worker):
+                count = 0
+                def add(self):
+                    self.count += 1
+                    return self.count, sys.stdin.read(), [os.get_blocking(number) for number in range(3)]
+                def exit(self): os._exit(3)
             for method in sys.argv[1:]:
-                with concurry.Executor("process", 1, mp_context=method) as pool:
-                    os.write(30, b"%d " % pool.submit(lambda: 7).result())
-        ''', "7 7 7 ", *START_METHODS)
+                with Tally.options(mode="process", mp_context=method).init() as tally:
+                    assert [tally.add().result() for _ in range(3)] == [(n, "", [True, False, False]) for n in (1, 2, 3)]
+                    assert isinstance(tally.exit().exception(), concurry.WorkerDiedError)
+                    assert tally.add().result()[0] == 1
+                assert concurry.run_in_subprocess(os.get_blocking, 1).result() is False
+            print("passed")
+        ''', "passed\n", *START_METHODS, errors="(.*exit code 3: its state is lost, a new process takes its place\n){3}")
+
+
+class GreenThreadTests(ProgramCase):
+    """5.4a: programs that gevent or eventlet has patched."""
+
+    PATCHES = {"gevent": "from gevent import monkey; monkey.patch_all()", "eventlet": "import eventlet; eventlet.monkey_patch()"}
+
+    def check(self, package, code, expected, *arguments, errors=""):
+        self.need_in_program(package)
+        self.check_program(f"{self.PATCHES[package]}\n{textwrap.dedent(code)}", expected, *arguments, errors=errors,
+                           flags=["-W", "ignore"])        # eventlet says that it is deprecated
+
+    def check_threads(self, package):
+        self.check(package, '''
+            import concurry, queue, threading
+            class Tally(concurry.Worker):
+                count = 0
+                def add(self):
+                    self.count += 1
+                    return self.count
+                async def add_async(self): return self.add()
+                def get(self, items): return items.get()
+                def fail(self): raise LookupError("missing")
+            items = queue.Queue()
+            with Tally.options(mode="thread").init() as tally:
+                got = tally.get(items)
+                added = tally.add()
+                assert concurry.wait([got, added], timeout=0.01).not_done == {got, added}
+                items.put("item")
+                assert (got.result(), added.result(), tally.add_async().result()) == ("item", 1, 2)
+                assert isinstance(tally.fail().exception(), LookupError)
+            limits = concurry.LimitSet([concurry.ResourceLimit("slots", 2)])
+            def use(n, limits):
+                with limits.acquire(): return n
+            with concurry.Executor("thread", 4, limits=limits) as pool: print(sum(pool.map(use, range(50))))
+            left = Tally.options(mode="thread").init()      # the program ends with this one as it is
+            got = left.get(items)
+            threading.Timer(0, items.put, ["late"]).start()     # it runs while we wait
+            assert got.result() == "late"
+            try: concurry.Executor("asyncio")
+            except RuntimeError as error: print(error)
+            try: Tally.options(mode="asyncio").init()
+            except RuntimeError as error: print("again" if "threads" in str(error) else error)
+        ''', f"1225\nmode 'asyncio' needs threads, and {package} has replaced them in this program: choose mode 'thread' or "
+            "'process'\nagain\n")
+
+    def check_processes(self, package, methods):
+        for method in methods:
+            with self.subTest(method):
+                self.check(package, '''
+                    import concurry, threading
+                    folder, method = sys.argv[1:]
+                    fifo = folder + "/fifo"
+                    os.mkfifo(fifo)
+                    keeper = os.open(fifo, os.O_RDWR)
+                    class Tally(concurry.Worker):
+                        count = 0
+                        def add(self):
+                            self.count += 1
+                            return self.count
+                        async def add_async(self): return self.add()
+                        def hold(self): return os.read(os.open(fifo, os.O_RDONLY), 1)
+                        def exit(self): os._exit(3)
+                        def kill(self): os.kill(os.getpid(), 9)
+                    tally = Tally.options(mode="process", mp_context=method, call_timeout={"hold": 20}).init()
+                    assert ([tally.add().result() for _ in range(3)], tally.add_async().result()) == ([1, 2, 3], 4)
+                    held, added = tally.hold(), tally.add()
+                    assert concurry.wait([held, added], timeout=0.01).not_done == {held, added}
+                    threading.Thread(target=os.write, args=(keeper, b"x")).start()      # it runs while we wait
+                    assert (held.result(), added.result()) == (b"x", 5)
+                    for call in (tally.exit, tally.kill):
+                        assert isinstance(call().exception(), concurry.WorkerDiedError)
+                        assert tally.add().result() == 1
+                    limits = concurry.LimitSet([concurry.ResourceLimit("slots", 1)])
+                    def use(n, limits):
+                        with limits.acquire(): return n
+                    with concurry.Executor("process", 2, mp_context=method, limits=limits) as pool:
+                        print(sum(pool.map(use, range(50))))
+                    held, dropped = tally.hold(), tally.add()
+                    while not held.running(): concurry.wait([held], timeout=0.01)
+                    tally.stop(0)
+                    print(type(held.exception()).__name__, dropped.cancelled())
+                    left = Tally.options(mode="process", mp_context=method).init()
+                    left.add()              # the program ends with this one as it is
+                ''', "1225\nWorkerDiedError True\n", self.folder(), method,
+                    errors="^(.*its state is lost, a new process takes its place\n){2}Tally was stopped: .* cancelled\n$")
+
+    def test_gevent_and_threads(self):
+        self.check_threads("gevent")
+
+    def test_gevent_and_processes(self):
+        self.check_processes("gevent", START_METHODS)
+
+    def test_eventlet_and_threads(self):
+        self.check_threads("eventlet")
+
+    def test_eventlet_and_processes(self):
+        self.check_processes("eventlet", ("forkserver", "spawn"))
+
+    def test_eventlet_and_fork(self):
+        self.check("eventlet", '''
+            import concurry
+            try: concurry.Executor("process", 1, mp_context="fork")
+            except RuntimeError as error: print(error)
+        ''', "mp_context='fork' is not possible in a program that eventlet has patched, whose other green threads would go on in "
+            "the worker: choose 'forkserver' or 'spawn'\n")
+
+
+class IdentityTests(ProgramCase):
+    """15.1a: a worker process knows itself and its parent, where multiprocessing and logging look."""
+
+    @staticmethod
+    def look():
+        me, parent = multiprocessing.current_process(), multiprocessing.parent_process()
+        return {"name": me.name, "log": logging.makeLogRecord({}).processName, "key": bytes(me.authkey),
+                "parent": (parent.name, parent.pid, parent.is_alive()), "children": multiprocessing.active_children()}
+
+    def test_of_each_worker(self):
+        parent = multiprocessing.current_process().name, os.getpid(), True
+        me = multiprocessing.current_process()
+        self.addCleanup(setattr, me, "authkey", me.authkey)
+        for method in START_METHODS:
+            me.authkey = os.urandom(8)          # one that no worker can have inherited from the fork server
+            with self.subTest(method), Executor("process", 2, mp_context=method, name="crunch") as pool:
+                seen = gather([pool.submit(self.look) for _ in range(6)], timeout=SAFETY)
+                self.assertEqual({each["name"] for each in seen}, {"crunch-0", "crunch-1"})
+                for each in seen:
+                    self.assertEqual(each, {"name": each["name"], "log": each["name"], "key": bytes(me.authkey),
+                                            "parent": parent, "children": []})
+
+    def test_of_the_next_one(self):
+        """A worker's successor has its name, too."""
+        with Executor("process", 1, name="crunch", max_tasks_per_worker=1) as pool:
+            self.assertEqual([pool.submit(self.look).result(SAFETY)["log"] for _ in range(2)], ["crunch-0"] * 2)
+
+    def test_of_a_nested_worker(self):
+        def nest(method):
+            with Executor("process", 1, mp_context=method, name="inner") as pool:
+                return os.getpid(), pool.submit(IdentityTests.look).result()
+        for method in START_METHODS:
+            with self.subTest(method), Executor("process", 1, mp_context=method, name="crunch") as pool:
+                outer, seen = pool.submit(nest, method).result(SAFETY)
+                self.assertEqual((seen["name"], seen["log"], seen["key"], seen["parent"]),
+                                 ("inner-0", "inner-0", bytes(multiprocessing.current_process().authkey), ("crunch-0", outer, True)))
+
+    def test_of_a_function_in_a_process(self):
+        process = run_in_subprocess(self.look)
+        self.addCleanup(process.join, SAFETY)
+        seen = process.result(SAFETY)
+        self.assertEqual((seen["name"], seen["parent"][1:]), ("look-0", (os.getpid(), True)))
+
+
+class SharedMemoryTests(ProgramCase):
+    """5.4a: blocks of shared memory outlive the workers that attach or create them: all have one resource tracker."""
+
+    CODE = '''
+        import concurry, multiprocessing, select
+        from multiprocessing.shared_memory import SharedMemory
+        os.environ["MARK"] = mark = f"mark-{os.getpid()}"       # our programs are known by it
+        def trackers():
+            """Return the pids of the resource trackers that we or our workers have."""
+            found = []
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    with open(f"/proc/{pid}/environ") as environ, open(f"/proc/{pid}/cmdline") as command:
+                        if mark in environ.read() and "resource_tracker" in command.read(): found.append(int(pid))
+                except OSError: pass
+            return found
+        def until_gone(pid):
+            try: descriptor = os.pidfd_open(pid)
+            except ProcessLookupError: return
+            select.select([descriptor], [], [])
+            os.close(descriptor)
+        def attach(name):
+            block = SharedMemory(name)
+            block.buf[0] += 1
+            block.close()
+            return os.getpid()
+        def create(value):
+            block = SharedMemory(create=True, size=16)
+            block.buf[0] = value
+            block.close()
+            return os.getpid(), block.name
+        def nested(function, *args):
+            with concurry.Executor("process", 1, max_tasks_per_worker=1) as pool:
+                return pool.submit(function, *args).result()
+        def read(name):
+            block = SharedMemory(name)
+            value = block.buf[0]
+            block.close()
+            block.unlink()
+            return value
+    '''
+
+    def check(self, code, *arguments):
+        self.check_program(textwrap.dedent(self.CODE) + textwrap.dedent(code), "passed\n", *arguments)
+
+    def test_they_outlive_workers(self):
+        """Nobody unlinks them but the program, and nobody warns of leaks."""
+        for method in START_METHODS:
+            with self.subTest(method):
+                self.check('''
+                    mine = SharedMemory(create=True, size=16)
+                    with concurry.Executor("process", 1, mp_context=sys.argv[1], max_tasks_per_worker=1) as pool:
+                        pids = [pool.submit(attach, mine.name).result() for _ in range(3)]
+                        assert len(set(pids)) == 3, pids
+                        pid, theirs = pool.submit(create, 9).result()
+                        for each in pids + [pid]: until_gone(each)
+                        assert pool.submit(attach, theirs).result() != pid
+                        pids.append(pool.submit(nested, attach, mine.name).result())
+                        pid, nested_one = pool.submit(nested, create, 7).result()
+                    for each in pids + [pid]: until_gone(each)
+                    assert [read(name) for name in (mine.name, theirs, nested_one)] == [4, 10, 7]
+                    mine.close()
+                    assert not [name for name in (mine.name, theirs, nested_one) if os.path.exists(f"/dev/shm/{name}")]
+                    print("passed")
+                ''', method)
+
+    def test_one_tracker_when_it_is_used(self):
+        """The worker's is the parent's, whoever is the first to use it; where nobody does there is none."""
+        code = '''
+            method, first = sys.argv[1:]
+            with concurry.Executor("process", 2, mp_context=method) as pool:
+                assert pool.submit(abs, -1).result() == 1
+                assert trackers() == []
+                names = []
+                for who in (first, *{"worker", "parent", "nested"} - {first}):
+                    for _ in range(2):
+                        pid, name = (create(5) if who == "parent" else pool.submit(create, 5).result() if who == "worker"
+                                     else pool.submit(nested, create, 5).result())
+                        names.append(name)
+                    while not trackers(): pass      # it is started beside
+                    only, = trackers()
+            assert trackers() == [only]
+            assert [read(name) for name in names] == [5] * 6
+            assert trackers() == [only]
+            print("passed")
+        '''
+        for method, first in zip(START_METHODS, ("worker", "nested", "parent")):
+            with self.subTest(method, first=first):
+                self.check(code, method, first)
 
 
 class MultiprocessingObjectTests(ProgramCase):
@@ -10406,6 +10744,51 @@ class Patient(Worker):
         return "cleaned up"
 
 
+STARTED = []                    # in a worker: what it must not warn of when it is collected
+
+
+class Starter(Patient):
+    """A worker whose calls leave behind what does not end by itself."""
+
+    def program(self, path, began, then="return", **options):
+        """Start a program and write down its pid; then wait for it, end, or return."""
+        program = subprocess.Popen(["sleep", "1000"], **options)
+        STARTED.append(program)
+        with open(path, "a") as file:
+            file.write(f"{program.pid} ")
+        began.set()
+        if then == "wait":
+            program.wait()
+        elif then == "exit":
+            os._exit(3)
+        elif then == "kill":
+            os.kill(os.getpid(), 9)
+        return os.getpid()
+
+    def children(self, kind):
+        """Leave children of multiprocessing behind, which it would wait for; return the pids of all."""
+        concurry._END_TIMEOUT = 0.1             # for those that do not end by themselves
+        warnings.simplefilter("ignore", DeprecationWarning)         # of fork() beside threads
+        context = multiprocessing.get_context("fork")
+        if kind == "idle":
+            pool = context.Pool(2)
+            STARTED.append(pool)
+            return [os.getpid(), *pool.map(own_pid, range(2))]
+        process = context.Process(target=signal.pause)
+        process.start()
+        return [os.getpid(), process.pid]
+
+    def at_exit(self, what, *args, limit=0.1):
+        """Leave an exit function behind; have it end after the limit."""
+        concurry._END_TIMEOUT = limit
+        atexit.register(what, *args)
+        return [os.getpid()]
+
+
+def own_pid(_):
+    return os.getpid()
+
+
 class Fragile(Worker):
     """A worker that cannot be built, at first or when it is built again."""
 
@@ -10436,11 +10819,17 @@ class KeepsIt(Worker):
         self.it.send(what)
 
 
-class LaunchTests(CleanTestCase):
+class LaunchTests(ProgramCase):
     def test_no_interpreter(self):
         self.addCleanup(setattr, sys, "executable", sys.executable)
         concurry._close_server()
-        for executable in ("/no/such", "/bin/false", "", None, "/no/such/python3"):
+        folder = self.folder()
+        app, plain = os.path.join(folder, "app"), os.path.join(folder, "python3")
+        for path in (app, plain):
+            with open(path, "w") as file:
+                file.write(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
+        os.chmod(app, 0o755)
+        for executable in ("/no/such", "/bin/false", "", None, "/no/such/python3", app, plain):
             sys.executable = executable
             for method in ("forkserver", "spawn"):
                 with self.subTest(method, executable=executable):
@@ -10448,6 +10837,37 @@ class LaunchTests(CleanTestCase):
                         Patient.options(mode="process", mp_context=method).init()
             with self.start(Patient, mode="process", mp_context="fork") as worker:
                 self.assertEqual(worker.add(1).result(SAFETY), 1)
+
+    def test_frozen_program(self):
+        """It is its own `sys.executable`: nothing starts it again, whose workers would start it again."""
+        folder = self.folder()
+        app, script = os.path.join(folder, "app"), os.path.join(folder, "script.py")
+        with open(app, "w") as file:
+            file.write(f"#!/bin/sh\nexec {sys.executable} {script} \"$@\"\n")
+        os.chmod(app, 0o755)
+        with open(script, "w") as file:
+            file.write(HEAD + textwrap.dedent('''
+                here = os.path.dirname(os.path.abspath(__file__))
+                with open(here + "/runs", "a+") as runs:
+                    runs.write("run")
+                    if runs.tell() > 9: sys.exit("a chain of copies of the program, broken off here")
+                sys.frozen, sys.executable = True, here + "/app"
+                import concurry
+                class Tally(concurry.Worker):
+                    def double(self, n): return 2 * n
+                for method in ("forkserver", "spawn", "fork"):
+                    try:
+                        with concurry.Executor("process", 2, mp_context=method) as pool: print(*pool.map(abs, [-1, -2]))
+                        tally = Tally.options(mode="process", mp_context=method).init()
+                        print(tally.double(3).result())
+                    except RuntimeError as error: print(error)
+                try: concurry.run_in_subprocess(abs, -1).result()
+                except RuntimeError as error: print(error)
+            '''))
+        error = ("worker processes are started by a Python interpreter, and there is none: this program is frozen (sys.frozen); "
+                 "choose mp_context='fork', which needs none\n")
+        self.check_program("", f"{error}{error}1 2\n6\n{error}", command=[app])
+        self.assertEqual(open_and_read(os.path.join(folder, "runs")), "run")
 
     def test_fork_server_killed(self):
         """Its workers live on; a new one is made for what comes."""
@@ -10742,6 +11162,179 @@ class RefusedThreadTests(ProgramCase):
         """)
         self.assertRegex(ended.stdout, r"refused: .*the interpreter is exiting.*\nlate: (5|can't \w+ new thread.*)\nwaited: 5\n")
         self.assertEqual(ended.stderr, "")
+
+
+class ProcessGroupTests(ProgramCase):
+    """15.6: what a worker's calls start belongs to its group; see row 40 of the table of faults for its end."""
+
+    def test_a_worker_leads_a_group(self):
+        def look():
+            cat = subprocess.run(["cat"], stdout=subprocess.PIPE)           # its standard input is the worker's
+            group = subprocess.run([sys.executable, "-c", "import os; print(os.getpgid(0))"], stdout=subprocess.PIPE)
+            return os.getpid(), os.getpgid(0), int(group.stdout), os.getsid(0), cat.stdout
+        for method in START_METHODS:
+            with self.subTest(method), Executor("process", 2, mp_context=method) as pool:
+                for pid, *others in gather([pool.submit(look) for _ in range(2)], timeout=SAFETY):
+                    self.assertEqual(others, [pid, pid, os.getsid(0), b""])
+
+    def test_one_with_a_session_of_its_own_lives_on(self):
+        """Whatever ends its worker."""
+        path, began = os.path.join(self.folder(), "pids"), self.flag()
+        for method in START_METHODS:
+            worker = self.start(Starter, mode="process", mp_context=method, max_tasks_per_worker=2)
+            recycled = [worker.program(path, began, start_new_session=True).result(SAFETY) for _ in range(2)]
+            with self.log_of():
+                worker.program(path, began, "exit", start_new_session=True).exception(SAFETY)
+                waits = self.flag()
+                call = worker.program(path, waits, "wait", start_new_session=True)
+                waits.wait()
+                self.assertTrue(call.cancel(kill=True))
+                worker.stop()
+            check_gone(self, recycled)
+        pids = list(map(int, open_and_read(path).split()))
+        self.assertEqual(len(pids), 4 * len(START_METHODS))
+        for pid in pids:
+            self.assertTrue(lives(pid))
+            os.kill(pid, signal.SIGKILL)
+            self.assertTrue(until_gone(pid))
+
+    def test_of_a_function_in_a_process(self):
+        """Its programs end with it, too."""
+        def start(path):
+            program = subprocess.Popen(["sleep", "1000"])
+            with open(path, "w") as file:
+                file.write(str(program.pid))
+        path = os.path.join(self.folder(), "pid")
+        process = run_in_subprocess(start, path)
+        process.join(SAFETY)
+        self.assertTrue(until_gone(int(open_and_read(path))))
+        self.assertEqual(process.exitcode, 0)
+
+
+class ExitFunctionTests(ProgramCase):
+    """15.6: exit functions of a worker process have some seconds; nobody waits longer for them, and a successor not at all."""
+
+    def dump(self, worker):
+        file = io.StringIO()
+        worker.dump(file)
+        return file.getvalue()
+
+    def test_one_that_never_returns(self):
+        """Leaving `with` does."""
+        for method in START_METHODS:
+            began, never = self.flag(), self.flag()
+            with self.subTest(method):
+                with Starter.options(mode="process", mp_context=method).init() as worker:
+                    pid, = worker.at_exit(hold, began, never).result(SAFETY)
+                self.assertTrue(until_gone(pid))
+                began.wait()
+
+    def test_one_that_holds_up_the_whole_process(self):
+        """Then it is the parent that ends it."""
+        for what, *args in ((signal.raise_signal, signal.SIGSTOP), (exec, HOLD_GIL, {})):
+            with self.subTest(what), unittest.mock.patch.object(concurry, "_END_TIMEOUT", -0.9):
+                with Starter.options(mode="process").init() as worker:
+                    pid, = worker.at_exit(what, *args, limit=5).result(SAFETY)
+                self.assertTrue(until_gone(pid))
+
+    def test_a_successor_does_not_wait(self):
+        """It serves the next call while the exit functions still run, which `dump` tells."""
+        for method in START_METHODS:
+            began, go = self.flag(), self.flag()
+            with self.subTest(method), Starter.options(mode="process", mp_context=method, max_tasks_per_worker=1).init() as worker:
+                pid, = worker.at_exit(hold, began, go, limit=SAFETY).result(SAFETY)
+                began.wait()
+                other = worker.pid().result(SAFETY)
+                self.assertNotEqual(other, pid)
+                self.assertIn(f"Starter-0 (pid {pid}): ending\n", self.dump(worker))
+                self.assertTrue(lives(pid))
+                go.set()
+                self.assertTrue(until_gone(pid))
+                until(lambda: f"(pid {pid})" not in self.dump(worker))
+
+    def test_a_smaller_pool(self):
+        """`resize` does not wait for the worker that it ends, either."""
+        flags = [(self.flag(), self.flag()) for _ in range(2)]
+        pool = self.start(Starter, mode="process", max_workers=2)
+        pids = [pool.at_exit(hold, *each, limit=SAFETY).result(SAFETY)[0] for each in flags]
+        self.assertEqual(len(set(pids)), 2)
+        pool.resize(1)
+        until(lambda: any(began.is_set() for began, _ in flags))
+        first = 0 if flags[0][0].is_set() else 1
+        until(lambda: re.search(rf"(?m)^Starter-\d \(pid {pids[first]}\): ending$", self.dump(pool)))
+        self.assertEqual(pool.pid().result(SAFETY), pids[1 - first])
+        for _, go in flags:
+            go.set()
+        self.assertTrue(until_gone(pids[first]))
+
+    def test_while_with_is_left(self):
+        began, go = self.flag(), self.flag()
+        worker = self.start(Starter, mode="process")
+        pid, = worker.at_exit(hold, began, go, limit=SAFETY).result(SAFETY)
+        left = in_thread(worker.shutdown)
+        began.wait()
+        until(lambda: self.dump(worker) == f"Starter-0 (pid {pid}): ending\n")
+        self.assertFalse(left.done())
+        go.set()
+        left.result(SAFETY)
+        self.assertTrue(until_gone(pid))
+
+    def test_stop_kills_it(self):
+        """When its time is over, which may be at once."""
+        for options in ({}, {"max_tasks_per_worker": 1}):
+            began, never = self.flag(), self.flag()
+            worker = self.start(Starter, mode="process", **options)
+            pid, = worker.at_exit(hold, began, never, limit=1000).result(SAFETY)
+            if options:
+                began.wait()
+            worker.stop(0)
+            self.assertTrue(until_gone(pid))
+
+    # What a call of joblib's, or scikit-learn's, leaves in its worker.
+    INSIDE = '''
+        import concurry
+        def group():
+            """Return the pids of this process and of what it has started."""
+            found = []
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+                try: found += [pid] * (os.getpgid(pid) == os.getpid())
+                except OSError: pass
+            return found
+        def work():
+            concurry._END_TIMEOUT = 0.5
+            return inner(2), group()
+        with concurry.Executor("process", 1) as pool:
+            result, pids = pool.submit(work).result()
+            assert len(pids) > 2, pids              # the workers of loky's, which are idle
+            print(*pids)
+        assert result == inner(1), result
+        print("passed")
+    '''
+
+    def check_inside(self, package, code):
+        self.need_in_program(package)
+        program = Program(self, textwrap.dedent(code) + textwrap.dedent(self.INSIDE), flags=["-W", "ignore"])
+        pids = program.numbers()
+        output, errors = program.output()       # there may be words of loky's before
+        self.assertEqual((output.splitlines()[-1:], program.popen.returncode), (["passed"], 0), errors)
+        check_gone(self, pids)
+
+    def test_joblib_in_a_call(self):
+        self.check_inside("joblib", '''
+            def inner(n_jobs):
+                from joblib import Parallel, delayed
+                return sum(Parallel(n_jobs)(delayed(abs)(n) for n in range(-10, 0)))
+        ''')
+
+    def test_scikit_learn_in_a_call(self):
+        self.check_inside("sklearn", '''
+            def inner(n_jobs):
+                from sklearn.datasets import make_classification
+                from sklearn.linear_model import LogisticRegression
+                from sklearn.model_selection import cross_val_score
+                data = make_classification(60, random_state=0)
+                return cross_val_score(LogisticRegression(), *data, cv=3, n_jobs=n_jobs).tolist()
+        ''')
 
 
 class ArgumentTests(CleanTestCase):
@@ -12823,6 +13416,111 @@ class OwnErrorTests(ProgramCase):
         self.assertEqual(pool._pool.backends[0].calls, {})
 
 
+the_default_timeout_of_sockets_is_short = a_program('''
+    import concurry, logging, socket
+    socket.setdefaulttimeout(0.0)
+    class Tally(concurry.Worker):
+        count = 0
+        def add(self, n=1):
+            self.count += n
+            return self.count
+        def size(self, data): return len(data)
+        def exit(self): os._exit(3)
+    handle = Tally.options(mode=mode, mp_context=method, max_workers=size, max_queued_tasks=None).init()
+    for _ in range(3): assert {handle.add(0).result() for _ in range(size)} == {0}      # one at a time: they are idle between
+    assert {future.result() for future in [handle.add(0) for _ in range(200)]} == {0}
+    assert handle.size(b"x" * (1 << 22)).result() == 1 << 22        # it takes more than one step to send
+    logging.disable()           # of deaths
+    assert {type(handle.exit().exception()) for _ in range(size)} == {concurry.WorkerDiedError}
+    assert {handle.add(0).result() for _ in range(3 * size)} == {0}
+    handle.stop()
+    print("passed")
+''')
+
+
+# What calls leave behind
+
+def programs_end(then, end, **options):
+    """Return the fault of workers that end, after or while a call has started a program: it is gone, too.
+
+    `then` is what the call does after that, `end(handle, calls)` ends the workers.
+    """
+    def happens(case):
+        case.records()
+        handle = case.make(Starter, **options)
+        path, began = os.path.join(case.folder(), "pids"), [case.flag() for _ in range(case.size)]
+        calls = [handle.program(path, each, then) for each in began]
+        for each in began:
+            each.wait()
+        pids = [int(word) for word in open_and_read(path).split()]
+        case.assertEqual(len(pids), case.size)
+        end(handle, calls)
+        check_gone(case, pids)
+        for call in calls:
+            case.assertEqual(call.cancelled() or call.exception(SAFETY) is not None, then != "return")
+    return happens
+
+
+def their_time_is_over(handle, calls):
+    """As if `call_timeout` were over, however slow the machine is."""
+    pool = handle._pool
+    for call in list(pool.calls):
+        call.backend.reader.post(pool.keeper._ring, call, 3600.0)
+    for future in calls:
+        assert isinstance(future.exception(SAFETY), CallTimeoutError), future
+
+
+def killed_when_idle(handle, calls):
+    for pid in gather(calls, timeout=SAFETY):
+        os.kill(pid, signal.SIGKILL)
+
+
+def the_parent_of_programs_dies(number, job):
+    def happens(case):
+        program = Program(case, '''
+            import concurry, subprocess
+            mode, size, method, job = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+            class Starts(concurry.Worker):
+                def start(self):
+                    self.program = subprocess.Popen(["sleep", "1000"])
+                    return os.getpid(), self.program.pid
+                def run(self, code): exec(code)
+            handle = Starts.options(mode=mode, mp_context=method, max_workers=size).init()
+            pids = [pid for _ in range(size) for pid in handle.start().result()]
+            calls = [handle.run(job) for _ in range(size)]
+            print(*pids, flush=True)
+            sys.stdin.readline()
+        ''', case.mode, str(case.size), case.method, job)
+        pids = program.numbers()
+        if job == HOLD_GIL:
+            for pid in pids[::2]:
+                wait_until_asleep(pid)
+        program.popen.send_signal(number)
+        case.assertEqual(program.popen.wait(SAFETY), -number)
+        check_gone(case, pids)
+    return happens
+
+
+def left_behind(leave):
+    """Return the fault of calls that leave behind what does not end: it ends with their worker, for which nobody waits long.
+
+    `leave(handle)` submits one, whose result are the pids.
+    """
+    def happens(case):
+        for end in ("shutdown", "resize", "recycling"):
+            handle = case.make(Starter, **({"max_tasks_per_worker": 1} if end == "recycling" else {}))
+            pids = gather([leave(handle) for _ in range(case.size)], timeout=SAFETY)
+            case.assertEqual(len({group[0] for group in pids}), case.size)
+            if end == "resize":
+                handle.resize(1)
+            elif end == "recycling":
+                others = gather([handle.pid() for _ in range(case.size)], timeout=SAFETY)
+                case.assertFalse({*others} & {*sum(pids, [])})
+            handle.shutdown()
+            check_gone(case, sum(pids, []))
+    return happens
+
+
 # === Faults: the table ===
 
 class Fault(typing.NamedTuple):
@@ -12946,6 +13644,21 @@ FAULTS = [
     Fault(36, "its own full pool", ("thread", "asyncio"), submitted_by_a_call_to_its_own_full_pool),
     Fault(37, "fork", MODES, forked_by_the_user),
     Fault(38, "settling a call raises", MODES, settling_a_call_raises),
+    Fault(40, "program, shutdown", PROCESS, programs_end("return", lambda h, calls: h.shutdown())),
+    Fault(40, "program, recycling", PROCESS, programs_end("return", lambda h, calls: None, max_tasks_per_worker=1)),
+    Fault(40, "program, call_timeout", PROCESS, programs_end("wait", their_time_is_over, call_timeout=3600)),
+    Fault(40, "program, cancel", PROCESS, programs_end("wait", lambda h, calls: [call.cancel(kill=True) for call in calls])),
+    Fault(40, "program, stop", PROCESS, programs_end("wait", lambda h, calls: h.stop(0))),
+    Fault(40, "program, os._exit", PROCESS, programs_end("exit", lambda h, calls: None)),
+    Fault(40, "program, kill -9", PROCESS, programs_end("kill", lambda h, calls: None)),
+    Fault(40, "program, idle", PROCESS, programs_end("return", killed_when_idle)),
+    Fault(40, "program, KILL to the parent", PROCESS, the_parent_of_programs_dies(signal.SIGKILL, "import time; time.sleep(60)")),
+    Fault(40, "program, KILL to the parent, in C", PROCESS, the_parent_of_programs_dies(signal.SIGKILL, HOLD_GIL)),
+    Fault(40, "program, TERM to the parent", PROCESS, the_parent_of_programs_dies(signal.SIGTERM, "")),
+    Fault(41, "default timeout", PROCESS, the_default_timeout_of_sockets_is_short),
+    Fault(43, "exit function", PROCESS, left_behind(lambda h: h.at_exit(signal.pause))),
+    Fault(43, "children, idle", PROCESS, left_behind(lambda h: h.children("idle"))),
+    Fault(43, "children, busy", PROCESS, left_behind(lambda h: h.children("busy"))),
 ]
 
 RAY = ("ray",)
@@ -13029,7 +13742,7 @@ class FaultMixin:
 
 class FaultTests(FaultMixin, ProgramCase):
     def test_each_row_has_its_faults(self):
-        self.assertEqual({fault.row for fault in FAULTS}, set(range(1, 39)))
+        self.assertEqual({fault.row for fault in FAULTS}, {*range(1, 39), 40, 41, 43})
 
 
 class RayFaultTests(FaultMixin, RayTestCase):
