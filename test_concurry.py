@@ -61,7 +61,7 @@ CPUS = 4                        # of the Ray cluster
 MODES = ("sync", "thread", "process", "asyncio")
 ALL_MODES = (*MODES, "ray")
 AWAY = ("process", "ray")       # the object lives in another process
-os.environ["CONCURRY_TESTS"] = TOKEN = f"tests-{os.getpid()}"       # our descendants are known by it
+TOKEN = os.environ.setdefault("CONCURRY_TESTS", f"tests-{os.getpid()}")     # our descendants are known by it
 
 
 def setUpModule():
@@ -11180,6 +11180,8 @@ class ProcessGroupTests(ProgramCase):
     def test_one_with_a_session_of_its_own_lives_on(self):
         """Whatever ends its worker."""
         path, began = os.path.join(self.folder(), "pids"), self.flag()
+        open(path, "w").close()
+        self.addCleanup(self.kill_all, path)
         for method in START_METHODS:
             worker = self.start(Starter, mode="process", mp_context=method, max_tasks_per_worker=2)
             recycled = [worker.program(path, began, start_new_session=True).result(SAFETY) for _ in range(2)]
@@ -11197,6 +11199,12 @@ class ProcessGroupTests(ProgramCase):
             self.assertTrue(lives(pid))
             os.kill(pid, signal.SIGKILL)
             self.assertTrue(until_gone(pid))
+
+    @staticmethod
+    def kill_all(path):
+        for word in open_and_read(path).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(word), signal.SIGKILL)
 
     def test_of_a_function_in_a_process(self):
         """Its programs end with it, too."""
