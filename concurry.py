@@ -6445,7 +6445,8 @@ class _Rebuilt:
         self.lost: list[str] = []
         self.cls = type(error)
         # As the class in C has it, from which the user's is derived: OSError's `args` are not all of it.
-        args, members = (*_builtin_base(self.cls).__reduce__(error), None)[1:3]
+        reduced: Any = *_builtin_base(self.cls).__reduce__(error), None
+        args, members = reduced[1:3]
         slots = [name for name in copyreg._slotnames(self.cls) if hasattr(error, name)]     # type: ignore[attr-defined]
         if isinstance(error, BaseExceptionGroup):
             self.args: Any = error.message, [_portable(each) for each in error.exceptions]
@@ -8316,7 +8317,11 @@ class _ProcessBackend(_Backend):
         finally:
             del self.turn["is"]
         link.give_back()
-        pid, exitcode = link.process.pid, self._leave_to_end(link) if is_alive else self._see_end(link)
+        pid, exitcode = link.process.pid, None
+        if is_alive:
+            self._leave_to_end(link)
+        else:
+            exitcode = self._see_end(link)
         for call in begun:
             call.deaths += (self.name, pid, exitcode),
             if call not in again:
