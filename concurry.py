@@ -232,8 +232,8 @@ class WorkerDiedError(RuntimeError):
 class CallTimeoutError(TimeoutError):
     """A call ran for longer than its `call_timeout`.
 
-    `method` is what ran too long, `worker` where, `timeout` how many seconds it might have taken. It is caught
-    under every name that a TimeoutError has.
+    `method` names the method that ran too long, `worker` the worker that ran it, and `timeout` is its limit in seconds.
+    It is a plain TimeoutError, so `except` catches it as asyncio.TimeoutError and concurrent.futures.TimeoutError, too.
     """
 
     def __init__(self, message: str, method: str | None = None, worker: str | None = None,
@@ -790,7 +790,7 @@ class BaseFuture(concurrent.futures.Future[T]):
     def add_done_callback(self, fn: Callable[[BaseFuture[T]], object]) -> None:
         """Call `fn(future)` when the call has ended, in the thread that ends it, or now if it has.
 
-        What it raises is logged, and ignored. That of `asyncio.wait` is called on its event loop.
+        An exception in `fn` is logged and ignored. A callback that `asyncio.wait` adds runs on its event loop.
         """
         if getattr(fn, "__module__", None) == "asyncio.tasks":
             import asyncio
@@ -865,7 +865,7 @@ class BaseFuture(concurrent.futures.Future[T]):
         if self.cancelled():
             return False
         if self.done() or not self._begin():
-            raise concurrent.futures.InvalidStateError(f"this future was begun before: {self!r}")
+            raise concurrent.futures.InvalidStateError(f"this future has begun or ended already: {self!r}")
         return True
 
     def set_result(self, result: T) -> None:
@@ -873,7 +873,10 @@ class BaseFuture(concurrent.futures.Future[T]):
         self._set(_RESULT, result)
 
     def set_exception(self, exception: BaseException | None) -> None:
-        """Settle the future with an exception; InvalidStateError if it has an outcome. None: with the result None."""
+        """Settle the future with an exception, or with the result None if that is None.
+
+        Raises InvalidStateError if the future has an outcome already.
+        """
         self._set(_RESULT if exception is None else _ERROR, exception)
 
     def _set(self, kind: str, value: Any) -> None:
@@ -953,7 +956,7 @@ class _Failures:
         if self.is_over and self.count and not self.is_told:
             self.is_told = True
             # There may be more, which wait for the garbage collector.
-            logger.warning("%s: nobody asked for the results of calls that failed, at least %d; the first: %s",
+            logger.warning("%s: at least %d calls failed, and nobody asked for their results; the first error: %s",
                            self.name, self.count, self.first[1])
 
 
@@ -2401,14 +2404,15 @@ class RetryConfig:             # noqa: PLW1641
     num_retries: further attempts after the first.
     retry_on: what is tried again: exception classes, or callables, one or a list. A callable gets the exception
         first, and by name what it accepts of `attempt`, `elapsed_time` (seconds), `method_name`, `worker_class` (its
-        name), `args`, `kwargs`. It returns whether, or a number: after how many seconds at least (0: at once). All
-        callables are asked until one returns a number, also beside a class that matches.
+        name), `args`, `kwargs`. It returns whether to try again, or the least number of seconds to wait before
+        that (0: at once). All callables are asked until one returns a number, even if a class matches already.
     retry_algorithm: how the wait grows with the attempts k = 1, 2, ...: "exponential" retry_wait * 2**(k-1), "linear"
         retry_wait * k, "fibonacci" retry_wait * (1, 1, 2, 3, 5, ...), "fixed" retry_wait.
     retry_wait: seconds.
-    retry_max_wait: the most seconds of a wait, before jitter. A wait that is asked for is not capped: it is waited
-        for, and at most a tenth longer. An exception asks by `retry_after` (seconds, a timedelta, or text as in the
-        header Retry-After), or by `retry-after-ms` or Retry-After in the `headers` of its `response`, or its own.
+    retry_max_wait: the longest wait in seconds, before jitter. It does not cap a wait that an exception or a callable
+        asks for; that one is extended by a tenth at most. An exception asks by its `retry_after` (seconds, a timedelta,
+        or text as in the header Retry-After), or by retry-after-ms or Retry-After in the `headers` of its `response`,
+        or in its own `headers`.
     retry_jitter: the share of the wait that is left to chance, from 0 to 1: at 1 it is anything from 0 to the wait.
     retry_until: validators of the result, called likewise with the result; all have to return true.
 
@@ -3234,7 +3238,7 @@ def _window_seconds(name: str) -> int:
     try:
         return RateWindow(name).seconds
     except ValueError:
-        raise ValueError(f"a window of {name!r} is not possible: {RateWindow._choices()}, or give a number of "
+        raise ValueError(f"unknown window {name!r}: {RateWindow._choices()}, or give a number of "
                          f"seconds{_nearest(name, [each.value for each in RateWindow])}") from None
 
 
@@ -3649,7 +3653,8 @@ class LimitSet:
         timeout: seconds to wait at most, then TimeoutError is raised and nothing was taken; None: no end.
 
         Raises ValueError at once for more than a capacity; RuntimeError where waiting would stall an
-        event loop: there `async_acquire` waits. Whoever asks for what it holds itself waits for ever: give a timeout.
+        event loop: there `async_acquire` waits. A thread that waits for a limit that it holds itself waits
+        forever: give a timeout.
         """
         if not self._limits:
             return self._free
@@ -6713,9 +6718,9 @@ class _Process:
     def exitcode(self) -> int | None:
         """Return the exit status, or minus the signal's number, or None when unknown.
 
-        To be called when the sentinel has fired: a process that still runs is killed, and so are the programs of its
-        group: before it is reaped, for until then the group's number is its own. Unknown means that the user's own
-        os.wait has reaped it, or the server is gone.
+        Call it when the sentinel has fired. It kills the process, if that still runs, and the programs of its group. It
+        does so before it reaps the process, because afterwards the system may give the group's number to another. The
+        code is unknown if the user's own os.wait has reaped the process, or if the fork server is gone.
         """
         with self._lock:
             if not self._is_reaped:
@@ -6796,8 +6801,8 @@ def _launch_by_spawn(main: str, *descriptors: int) -> tuple[int, Callable[[int],
 
 def _launch_by_fork(main: str, *descriptors: int) -> tuple[int, Callable[[int], int]]:
     if _patched_by() == "eventlet":
-        raise RuntimeError("mp_context='fork' is not possible in a program that eventlet has patched, whose other "
-                           "green threads would go on in the worker: choose 'forkserver' or 'spawn'")
+        raise RuntimeError("mp_context='fork' does not work after eventlet's monkey patch, because other green threads "
+                           "would keep running in the worker: choose 'forkserver' or 'spawn'")
     for module in ("fcntl", "multiprocessing.process", "selectors", "signal", "socket", "traceback"):
         __import__(module)      # now: the child finds import locks as they are
     for stream in (sys.stdout, sys.stderr):
@@ -6837,8 +6842,8 @@ def _interpreter() -> str:
         if ("python" in name or "pypy" in name) and os.access(sys.executable, os.X_OK):
             return sys.executable
         reason = f"sys.executable is {sys.executable!r}"
-    raise RuntimeError(f"worker processes are started by a Python interpreter, and there is none: {reason}; choose "
-                       f"mp_context='fork', which needs none")
+    raise RuntimeError(f"worker processes need a Python interpreter, and none was found: {reason}; choose "
+                       f"mp_context='fork', which does not need one")
 
 
 def _start_interpreter(function: str, descriptors: Sequence[int], *arguments: str) -> int:
@@ -7472,7 +7477,7 @@ def _settle_in(path: list[str], directory: str, environment: dict[str, str], arg
 
 
 def _forget_half_imported() -> None:
-    """Have modules imported again whose import was under way when this process was forked: nobody would end it here."""
+    """Forget modules whose import was under way at the fork: no thread here would finish it, so import them again."""
     import importlib
     locks: Any = vars(importlib)["_bootstrap"]._module_locks
     for name, module in list(sys.modules.items()):
@@ -8176,7 +8181,7 @@ class _ProcessBackend(_Backend):
             for message in link.inbox.receive():
                 self._take(link, *message)
         except BaseException as error:      # whatever loading raises
-            logger.error("%s sent what cannot be understood (%r): it is killed", self.name, error, exc_info=error)
+            logger.error("%s sent an invalid message (%r) and is killed", self.name, error, exc_info=error)
             self.reader.forget(link.connection)
             link.process.kill()
             return
@@ -8367,7 +8372,7 @@ class _ProcessBackend(_Backend):
         link.is_ending = True
         if len(self.ending) >= _MOST_ENDING:
             next(iter(self.ending)).process.kill()
-        link.limit = self.reader.later(_END_TIMEOUT + 1, link.process.kill)     # it cannot see to that itself, it seems
+        link.limit = self.reader.later(_END_TIMEOUT + 1, link.process.kill)     # in case it does not end by itself
         if link.retirement is not None and not (self.is_finishing or self.killed):
             self.dead = link
             self.reader.todo.append((self._bury, ()))
@@ -8467,7 +8472,7 @@ class _ProcessBackend(_Backend):
     def _launch_later(self, error: BaseException) -> None:
         """Try again when there may be descriptors, memory or processes again; others have its calls meanwhile."""
         self.was_refused, self.delay = True, min(_LONGEST_DELAY, 2 * self.delay or 0.1)
-        logger.warning("%s cannot be started now (%s): it is tried again in %g s", self.name, error, self.delay)
+        logger.warning("cannot start %s now (%s): trying again in %g s", self.name, error, self.delay)
         self.retry = self.reader.later(self.delay, self._launch)
         self.pool.have(functools.partial(self.pool._put_down, self))
 
@@ -10463,7 +10468,7 @@ class _Pool:
                 raise
             return False
         call.args = call.kwargs = None
-        return call in self.calls           # else stop() was quicker: nobody shall be made for it
+        return call in self.calls           # else stop() came first: start no worker for it
 
     def _await_dependencies(self, call: _Call, nested: _Nested) -> None:
         """Have the call enqueued when the futures among its arguments are done."""
@@ -10493,8 +10498,8 @@ class _Pool:
         if _here.callbacks or _here.is_ours or asyncio is not None and asyncio._get_running_loop() is not None:
             how = "a blocking call" if self.options.blocking else "a call in mode 'sync'"
             raise _own_error(RuntimeError(
-                f"{how} would have to wait here for the futures among its arguments, in a done-callback, a worker or "
-                f"on an event loop: wait for them first, or submit to a worker of another kind than {self.name}"))
+                f"{how} cannot wait for the futures among its arguments in a done-callback, in a worker or on an "
+                f"event loop: wait for them first, or use another mode than that of {self.name}, without blocking"))
 
     def _resume(self, call: _Call, nested: _Nested, futures: list[Any]) -> None:
         try:
@@ -10911,8 +10916,8 @@ class _Pool:
     def stop(self, timeout: float | None = None, join: bool = True) -> None:
         """Drop what has not begun, let what runs finish within the timeout, then end it the hard way.
 
-        Without `join` all but the first is done on a thread beside. Of several stops the earliest deadline holds, and
-        all return when the end is there, but for those that would wait for themselves.
+        Without `join` another thread does everything after the first step. If several stops overlap, the earliest
+        deadline applies, and each returns when the pool has ended, unless it would wait for itself.
         """
         seconds: float = self.options.stop_timeout if timeout is None else timeout
         self.deadlines.append((time.monotonic() + seconds, f"was stopped after {seconds:g} s"))
@@ -11227,10 +11232,10 @@ class _Handle:
         Then coroutines are cancelled; processes are killed, TERM first and KILL a second later, and
         their calls fail with WorkerDiedError; threads are left to themselves with a ResourceWarning,
         and their calls fail likewise. No future stays unfinished, but that of a call which itself
-        stops its worker. May be called from any thread; a second call returns when the first has ended, or at once
-        where it would wait for itself; of two the earlier deadline holds. It ends a `with` or `shutdown` that waits,
-        too. Without `join` it returns when what has not begun is cancelled: the rest is done on a thread beside, see
-        `join()`.
+        stops its worker. It may be called from any thread. A second call returns when the first has ended, or at once
+        if it would wait for itself; the earlier deadline applies. It also ends a `with` block or a `shutdown` that is
+        waiting. With join=False it returns as soon as it has cancelled the calls that have not begun; another thread
+        does the rest, see `join()`.
         """
         if timeout is not None:
             timeout = _parse("timeout", timeout, {"timeout": (_seconds, "a number of seconds from 0")})
@@ -11436,16 +11441,17 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
             _refuse_generator(fn)
         rates = self._pool.rates
         if rates and "limits" not in kwargs and _parameter_place(fn, "limits", True) is None:
-            raise ValueError(f"{getattr(fn, '__name__', fn)}() cannot be called within the rate limit {rates[0]!r}: "
-                             f"only it knows how much it takes; give it a parameter `limits`, and acquire there")
+            raise ValueError(f"{getattr(fn, '__name__', fn)}() needs a parameter `limits`: only the function knows how "
+                             f"much of the rate limit {rates[0]!r} it uses, so it must acquire that itself")
 
     def submit(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call `fn(*args, **kwargs)` in a worker; return its future (its result when blocking).
 
-        `submit(fn, ...)`, or `submit(...)` when a function is bound. A parameter of it that is named `limits` gets the
-        worker's limits, unless it is given, or has a default and there are none. A function without one is called
-        within `limits.acquire()`, each attempt of it. Raises TypeError for a generator function; ValueError for one
-        without `limits` where there is a RateLimit: only the function would know the amount.
+        `submit(fn, ...)`, or `submit(...)` when a function is bound. If the function has a parameter named `limits`, it
+        receives the worker's limits, unless you pass it yourself, or it has a default and the worker has no limits. For
+        a function without one, each attempt runs inside `limits.acquire()`. Raises TypeError for a generator function,
+        and ValueError if the worker has a RateLimit and the function has no parameter `limits`, because only the
+        function knows the amount.
         """
         if self._pool.bound is not None:
             self._check(self._pool.bound, kwargs)
@@ -11466,7 +11472,7 @@ class _TaskHandle(_Handle, concurrent.futures.Executor):
 
         timeout: seconds from this call after which waiting raises TimeoutError; None: never.
         chunksize: so many items travel together, in one place of the queue.
-        buffersize: at most so many items are in flight, those of chunks, too, which are smaller then, if need be; the
+        buffersize: the most items in flight, counting those in chunks; a larger `chunksize` is reduced to it. The
             input is read as results are taken. None: all items are submitted now.
         progress: as that of `wait`.
         """
@@ -11766,8 +11772,8 @@ class _Builder:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise AttributeError(f"{name!r} is looked for before the worker is there: options() only chooses, call "
-                             f".init(...) on what it returns, for a handle")
+        raise AttributeError(f"options() has no attribute {name!r}, because it makes no worker yet: call .init(...) "
+                             f"on what it returns to get a handle")
 
     def __repr__(self) -> str:
         return f"<builder of {self._cls.__name__}: {self._given}>"
