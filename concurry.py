@@ -6839,7 +6839,8 @@ def _interpreter() -> str:
         reason = "this program is frozen (sys.frozen)"
     else:
         name = os.path.basename(os.path.realpath(sys.executable or "")).lower()
-        if ("python" in name or "pypy" in name) and os.access(sys.executable, os.X_OK):
+        if ("python" in name or "pypy" in name) and os.access(sys.executable, os.X_OK) \
+                and os.path.isfile(sys.executable):
             return sys.executable
         reason = f"sys.executable is {sys.executable!r}"
     raise RuntimeError(f"worker processes need a Python interpreter, and none was found: {reason}; choose "
@@ -7110,9 +7111,12 @@ def _forget_parent() -> None:
     atexit.register(_close_server)
     _reset_signals()
     _fill_standard_streams()
-    stdin = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(stdin, 0)
-    os.close(stdin)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        # What programs do not inherit is no standard stream, but something of the parent's: its own was closed.
+        if stream == 0 or not os.get_inheritable(stream):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
     sys.stdin = open(0, closefd=False)
     if "multiprocessing.util" in sys.modules:
         _forget_multiprocessing(sys.modules["multiprocessing.util"])
@@ -11158,6 +11162,8 @@ def _abandon_all() -> None:
 
 
 threading._register_atexit(_finish_all)     # type: ignore[attr-defined]
+if _patched_by() == "eventlet":             # there, nobody calls what is registered with threading
+    atexit.register(_finish_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_all)
 

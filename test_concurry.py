@@ -10180,7 +10180,7 @@ class SurroundingsTests(ProgramCase):
             for method in methods:
                 with concurry.Executor("process", 1, mp_context=method) as pool:
                     seen = set(pool.submit(look).result())
-                    if how == "closed" and seen != {"/dev/null"} and method != "fork": os.write(30, repr(seen).encode())
+                    if how == "closed" and seen != {"/dev/null"}: os.write(30, repr(seen).encode())
                     error = pool.submit(os._exit, 3).exception()
                     os.write(30, b"%d " % (isinstance(error, concurry.WorkerDiedError) and pool.submit(abs, -7).result()))
         '''
@@ -10297,13 +10297,13 @@ class GreenThreadTests(ProgramCase):
             got = left.get(items)
             threading.Timer(0, items.put, ["late"]).start()     # it runs while we wait
             assert got.result() == "late"
-            if "gevent" in sys.modules: left.say("pending")
+            left.say("pending")
             try: concurry.Executor("asyncio")
             except RuntimeError as error: print(error)
             try: Tally.options(mode="asyncio").init()
             except RuntimeError as error: print("again" if "threads" in str(error) else error)
         ''', f"1225\nmode 'asyncio' needs threads, and {package} has replaced them in this program: choose mode 'thread' or "
-            "'process'\nagain\n" + "pending\n" * (package == "gevent"))
+            "'process'\nagain\npending\n")
 
     def check_processes(self, package, methods):
         for method in methods:
@@ -10342,10 +10342,9 @@ class GreenThreadTests(ProgramCase):
                     while not held.running(): concurry.wait([held], timeout=0.01)
                     tally.stop(0)
                     print(type(held.exception()).__name__, dropped.cancelled(), flush=True)
-                    if "gevent" in sys.modules:         # the program ends with this one as it is
-                        left = Tally.options(mode="process", mp_context=method).init()
-                        left.say("late")
-                ''', "1225\nWorkerDiedError True\n" + "late\n" * (package == "gevent"), self.folder(), method,
+                    left = Tally.options(mode="process", mp_context=method).init()
+                    left.say("late")        # the program ends with this one as it is
+                ''', "1225\nWorkerDiedError True\nlate\n", self.folder(), method,
                     errors="^(.*its state is lost, a new process takes its place\n){2}Tally was stopped: .* cancelled\n$")
 
     def test_gevent_and_threads(self):
@@ -10828,12 +10827,13 @@ class LaunchTests(ProgramCase):
         self.addCleanup(setattr, sys, "executable", sys.executable)
         concurry._close_server()
         folder = self.folder()
-        app, plain = os.path.join(folder, "app"), os.path.join(folder, "python3")
+        app, plain, directory = (os.path.join(folder, name) for name in ("app", "python3", "python"))
+        os.mkdir(directory)
         for path in (app, plain):
             with open(path, "w") as file:
                 file.write(f"#!/bin/sh\nexec {sys.executable} \"$@\"\n")
         os.chmod(app, 0o755)
-        for executable in ("/no/such", "/bin/false", "", None, "/no/such/python3", app, plain):
+        for executable in ("/no/such", "/bin/false", "", None, "/no/such/python3", app, plain, directory):
             sys.executable = executable
             for method in ("forkserver", "spawn"):
                 with self.subTest(method, executable=executable):
