@@ -4785,7 +4785,7 @@ class _Backend:
 
     def overrun_error(self, call: _Call, what: str) -> Any:
         return CallTimeoutError(f"{self.name} ran {call.shown()} for more than {call.overran:g} seconds, its "
-                                     f"call_timeout: {what}", call.method, self.name, call.overran)
+                                f"call_timeout: {what}", call.method, self.name, call.overran)
 
     def is_stuck_here(self, call: _Call) -> bool:
         """Tell whether a call of this worker cannot begin, or go on, while this thread waits for it."""
