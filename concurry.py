@@ -10995,11 +10995,17 @@ class _Pool:
         running = [call for call in list(self.calls) if call not in mine]       # whoever stops cannot wait for itself
         self._wait_until_deadline(
             {call.future for call in running if call.backend is None or not call.backend.stalls_here()})
+        idle = []
         for backend in [*self.backends, *self.down]:
             if any(call in backend.calls for call in running):
                 backend.kill(self.why())
-            elif is_first:
+                continue
+            idle.append(backend)
+            if is_first:
                 backend.finish()
+        # Threads: they end at once, but on a busy machine that is not now.
+        self._wait_until_deadline(
+            {each.ended for each in idle if not (each.can_be_killed or each.is_here())}, _GRACE)
         self._see_them_end()
         for call in running:            # of a process that even KILL does not end at once, or that could not be started
             if call in self.calls and call.backend is not None:

@@ -4578,6 +4578,23 @@ class StopFromWithinTests(CleanTestCase):
         self.assertEqual({type(future.exception(0)) for future in held}, {WorkerDiedError})
         go.set()
 
+    def test_idle_threads_have_the_time_to_end(self):
+        """On a busy machine that takes a while; they are not said to go on."""
+        ending, go = threading.Event(), threading.Event()
+
+        class Late(Worker):
+            def __del__(self):
+                ending.set()
+                go.wait(SAFETY)
+        worker = self.start(Late, mode="thread")
+        with unittest.mock.patch.object(concurry, "_GRACE", SAFETY), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            timer = threading.Timer(0.2, go.set)
+            timer.start()
+            worker.stop(0)
+        self.assertTrue(ending.is_set())
+        timer.join(SAFETY)
+
     def test_the_result_of_an_abandoned_thread_is_dropped(self):
         pool = self.start(TaskWorker, mode="thread")
         started, go, ended = self.flag(), self.flag(), threading.Event()
